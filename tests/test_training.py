@@ -1,0 +1,164 @@
+"The loop: cut and resumed, run twice, diverging, and what it answers to bad input"
+import json, math, re, signal, subprocess, sys
+import nbformat, pytest, torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from nwrepro.data import load_source, loader
+from nwrepro.surgery import SCHEMES
+from nwrepro.training import (RULES, begin_run, check_parameters, evaluate, fit, main, make_model, make_recipe, make_views, notebook_parameters,
+                              start, train_step)
+
+SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
+digits = load_source('digits')
+
+def train(folder, fit=fit, **given):
+    given = SMALL | given
+    recipe = make_recipe(given, digits)
+    run = begin_run(recipe, digits, given, folder)
+    model = make_model(recipe, 10)
+    return fit(model, make_views(recipe, digits), recipe, run, show=lambda line: None, checkpoint_steps=given.get('checkpoint_steps')), run
+
+def weights(run): return load_file(run.checkpoints/'final.safetensors')
+
+def stripped(run):
+    "Metrics without what differs from one execution to the next"
+    return [{k: v for k, v in row.items() if k != 'images'} for row in run.metrics().to_dict('records') if row['event'] != 'resume']
+
+class Cut(Exception): pass
+
+def cut_after(steps):
+    "A `fit` that dies, as by a full disk, after so many steps"
+    def dying(model, views, recipe, run, **kwargs):
+        log = run.log
+        def tearing(event, step, epoch, **values):
+            if event == 'train' and step > steps: raise Cut
+            log(event, step, epoch, **values)
+        run.log = tearing
+        return fit(model, views, recipe, run, **kwargs)
+    return dying
+
+@pytest.mark.parametrize('norm', SCHEMES)
+def test_a_cut_run_ends_as_one_that_was_not_cut(norm, tmp_path):
+    summary, whole = train(tmp_path/'whole', norm=norm, lr=0.01)
+    assert (summary['status'], summary['steps']) == ('finished', 10)
+    with pytest.raises(Cut): train(tmp_path/'cut', cut_after(7), norm=norm, lr=0.01, checkpoint_steps=3)
+    again, cut = train(tmp_path/'cut', norm=norm, lr=0.01, checkpoint_steps=3)
+    resumed = cut.metrics().query('event == "resume"')['step'].tolist()
+    assert resumed == [6]
+    for name, value in weights(whole).items():
+        assert value.isfinite().all() and value.equal(weights(cut)[name]), name
+    assert str(stripped(cut)) == str(stripped(whole))
+    different = ('img_per_s', 'wall_s')
+    assert {k: v for k, v in again.items() if k not in different} == {k: v for k, v in summary.items() if k not in different}
+    assert not (cut.checkpoints/'last.pt').exists()
+
+def test_an_interrupt_saves_the_step_and_says_how_to_go_on(tmp_path):
+    def interrupted(model, views, recipe, run, **kwargs):
+        return fit(model, views, recipe, run, **kwargs | dict(watch=lambda run: signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt, match='run the same command again'): train(tmp_path, interrupted, norm='wn', lr=0.01)
+    recipe = make_recipe(SMALL | dict(norm='wn', lr=0.01), digits)
+    run = begin_run(recipe, digits, SMALL | dict(norm='wn', lr=0.01), tmp_path)
+    assert run.metrics()['step'].max() < 10
+    summary, run = train(tmp_path, norm='wn', lr=0.01)
+    assert summary['status'] == 'finished' and summary['steps'] == 10
+    _, whole = train(tmp_path/'whole', norm='wn', lr=0.01)
+    for name, value in weights(whole).items(): assert value.equal(weights(run)[name]), name
+
+def test_a_diverged_run_is_a_result_with_a_record(tmp_path):
+    summary, run = train(tmp_path, norm='none', lr=1e4)
+    assert (summary['status'], run.status) == ('diverged', 'diverged')
+    assert summary['diverged_step'] >= 1 and summary['diverged_lr'] > 0 and math.isfinite(summary['last_finite_loss'])
+    assert summary['first_nonfinite'] in dict(make_model(make_recipe(SMALL | dict(norm='none'), digits), 10).named_modules()) or summary['first_nonfinite'] is None
+    assert str(train(tmp_path, norm='none', lr=1e4)[0]) == str(summary)  # text, since nan is not equal to itself
+
+def test_other_images_are_not_trained_into_the_same_run(tmp_path, monkeypatch):
+    train(tmp_path, norm='wn', max_steps=2)
+    monkeypatch.setattr(digits, 'fingerprint', 'other')
+    with pytest.raises(ValueError, match='made with other images'): train(tmp_path, norm='wn', max_steps=2)
+
+def test_fresh_starts_over_and_keeps_the_old_run(tmp_path):
+    first, run = train(tmp_path, norm='wn', max_steps=2)
+    second, _ = train(tmp_path, norm='wn', max_steps=2, fresh=True)
+    old = run.path.with_name(run.path.name+'.old-1')
+    assert json.loads((old/'summary.json').read_text())['wall_s'] == first['wall_s'] != second['wall_s']
+
+@pytest.mark.parametrize('precision', ('fp32', 'bf16', 'fp64'))
+def test_precisions_train(precision, tmp_path):
+    summary, run = train(tmp_path, norm='wn', lr=0.01, precision=precision, max_steps=3, image_size=32)  # in bf16, torch's CPU convolution of stride 2 on a 1x1 map returns uninitialised gradients
+    assert summary['status'] == 'finished'
+    assert weights(run)['conv1.v'].dtype == (torch.float64 if precision == 'fp64' else torch.float32)
+
+def test_predictions_give_the_reported_accuracy(tmp_path):
+    summary, run = train(tmp_path, norm='bn', lr=0.05)
+    lines = (run.path/'predictions.csv').read_text().splitlines()
+    assert lines[0] == 'image,label,prediction' and len(lines) == 361
+    right = sum(line.split(',')[1] == line.split(',')[2] for line in lines[1:])
+    assert 100*right/360 == pytest.approx(summary['top1'])
+
+def test_evaluation_agrees_with_a_plain_loop(tmp_path):
+    recipe = make_recipe(SMALL, digits)
+    views = make_views(recipe, digits)
+    state = start(make_model(recipe, 10), recipe, views, None)
+    result, rows = evaluate(state, views.val)
+    x = torch.stack([views.val[(0, i)][0] for i in range(360)])
+    with torch.no_grad(): logits = state.model.eval()(x)
+    y = torch.tensor(digits.val.labels)
+    assert result['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-4)
+    top5 = (logits.topk(5).indices == y[:,None]).any(1).float().mean().item()
+    assert (result['top1'], result['top5']) == pytest.approx((100*(logits.argmax(1) == y).float().mean().item(), 100*top5))
+    assert [p for _, _, p in rows] == logits.argmax(1).tolist()
+
+def test_a_step_is_plain_sgd(tmp_path):
+    "One step of the loop against a few lines of torch"
+    recipe = make_recipe(SMALL | dict(norm='none', lr=0.1, dropout=0., grad_clip=0.5, weight_decay=0.01), digits)
+    views = make_views(recipe, digits)
+    x, y, _ = next(iter(loader(views.train, batch_size=20)))
+    state = start(make_model(recipe, 10), recipe, views, None)
+    train_step(state, x, y)
+    model = make_model(recipe, 10).train()
+    torch.nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), y).backward()
+    length = torch.sqrt(sum(p.grad.pow(2).sum() for p in model.parameters()))
+    for p, trained in zip(model.parameters(), state.model.parameters(), strict=True):
+        wanted = p - 0.1*(p.grad*min(1, 0.5/length) + 0.01*p)
+        torch.testing.assert_close(trained, wanted, rtol=1e-4, atol=1e-6)
+
+BAD = [
+    (dict(norm='vn'), r"unknown norm 'vn': did you mean '\w+'\? accepted: bn, none, wn, np, trelu"),
+    (dict(norm='np', init='data'), "unknown init for norm 'np' 'data': accepted: np"),
+    (dict(data='digts'), "did you mean 'digits'"), (dict(arch='resnet5'), "did you mean 'resnet50'"), (dict(arch='vgg16'), "unknown arch 'vgg16'"),
+    (dict(recipe='papr'), "did you mean 'paper'"), (dict(lr=0), 'lr = 0 is not accepted'), (dict(lr=-1.), 'lr = -1.0'), (dict(lr='fast'), "lr = fast"),
+    (dict(epochs=0), 'epochs = 0 is not accepted'), (dict(epochs=1.5), 'epochs = 1.5'), (dict(image_size=8), 'image_size = 8 is not accepted'),
+    (dict(batch_size=5000), r'batch_size = 5000 is more than the 100 training images'), (dict(holdout=1), 'holdout = 1'), (dict(learning_rate=1), "unknown parameter 'learning_rate'"),
+    (dict(nrom='wn'), "unknown parameter 'nrom': did you mean 'norm'?"), (dict(decay_on='v+h'), "unknown decay_on 'h'"), (dict(precision='fp8'), "precision = fp8"),
+    (dict(train_images=99999), 'subset of 99999'), (dict(bn_batch=7), 'not a multiple of bn_batch = 7'), (dict(data='folder', data_dir='/nowhere'), '/nowhere'),
+]
+
+@pytest.mark.parametrize('given, sentence', BAD, ids=[str(g) for g, _ in BAD])
+def test_bad_input_is_one_sentence_and_leaves_nothing(given, sentence, tmp_path, monkeypatch, capsys):
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    words = [w for k, v in (SMALL | given).items() for w in (f'--{k}', str(v))]
+    if set(given) <= set(RULES):
+        assert main(words) == 2
+        last = capsys.readouterr().out.strip().splitlines()[-1]
+    else:
+        with pytest.raises(ValueError) as error: check_parameters(given)
+        last = str(error.value)
+    assert re.search(sentence, last), last
+    assert not (tmp_path/'reports').exists()
+
+def test_notebook_names_and_rules_are_the_same():
+    cell, = [c for c in nbformat.read(ROOT/'nbs/train.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])]
+    namespace = {}
+    exec(cell.source, namespace)
+    assert list(notebook_parameters(namespace)) == list(RULES)
+    assert check_parameters(notebook_parameters(namespace)) == check_parameters({})
+
+def test_command_line_is_the_same_run(tmp_path):
+    (tmp_path/'settings.ini').touch()
+    words = [w for k, v in (SMALL | dict(norm='trelu', max_steps=2)).items() for w in (f'--{k}', str(v))]
+    done = subprocess.run([sys.executable, '-m', 'nwrepro.training', *words], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    run, = (tmp_path/'reports/runs').iterdir()
+    assert json.loads((run/'summary.json').read_text())['norm'] == 'trelu'
+    assert {p.name for p in run.iterdir()} == {'config.json', 'metrics.jsonl', 'summary.json', 'predictions.csv'}
