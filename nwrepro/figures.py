@@ -28,7 +28,7 @@ def caption(
     return (f"{config['norm']} ({config['init']}), {config['arch']} on {config['data']} at {config['image_size']} px, {config['epochs']} epochs, "
             f"recipe {config['recipe']}, lr {config['lr']:g}, seed {config['seed']}, n = 1")
 
-# %% ../nbs/08_figures.ipynb #4b27baad
+# %% ../nbs/08_figures.ipynb #93479ab6
 def curves(
     run:Record,  # a run on disk, at any time after its beginning
 )->Figure:
@@ -45,7 +45,7 @@ def curves(
         right.plot(parts[event]['epoch'], parts[event][top1], label=label, **how)
     left.set(xlabel='epoch', ylabel='loss, nats')
     right.set(xlabel='epoch', ylabel='top-1, percent', ylim=(0, 100))
-    if parts: right.legend(fontsize=8, loc='lower right')
+    if parts: right.legend(fontsize=8)
     fig.suptitle(caption(run.config), fontsize=9)
     plt.close(fig)
     return fig

@@ -66,7 +66,7 @@ RULES = dict(
 )
 DEFAULTS = dict(norm='bn', data='auto', holdout=0., arch='resnet50', recipe='paper', dropout=0., seed=0, workers=0, fresh=False)
 
-# %% ../nbs/06_training.ipynb #a2d91ffa
+# %% ../nbs/06_training.ipynb #2c56bd9b
 _WORDS = {'none': None, 'null': None, 'true': True, 'false': False}
 
 def parse_value(
@@ -78,7 +78,7 @@ def parse_value(
     fits = value
     if isinstance(fits, str) and name != 'norm': fits = _WORDS.get(fits.lower(), fits)
     if fits is None and name not in DEFAULTS: return None
-    wrong = ValueError(f'{name} = {value} is not accepted: give {name} as {rule.words}')
+    wrong = ValueError(f'{name} = {value} is not accepted: expected {rule.words}')
     if isinstance(fits, bool) != (rule.kind is bool): raise wrong
     try: cast = rule.kind(fits) if isinstance(fits, (str, int, float)) else None
     except (ValueError, OverflowError): raise wrong from None
@@ -509,7 +509,7 @@ def fit(
     run.predictions((views.val.images.name(i), label, prediction) for i, label, prediction in rows)
     return finish(state, 'finished', **result)
 
-# %% ../nbs/06_training.ipynb #9d0e91d7
+# %% ../nbs/06_training.ipynb #9e296d12
 def begin_run(
     recipe:Recipe,   # resolved
     source:Source,   # its data
@@ -525,7 +525,7 @@ def begin_run(
         raise ValueError(f'run {run.path.name} was made with other images (fingerprint {known["fingerprint"][:8]}, now {source.fingerprint[:8]}): '
                          'bring the old images back, or start over with fresh=True')
     if run.status in ('new', 'started', 'interrupted') or fresh:
-        about = dict(name=source.name, note=source.note, fingerprint=source.fingerprint, classes=len(source.classes), train=len(source.train), val=len(source.val))
+        about = dict(asked=given.get('data') or DEFAULTS['data'], name=source.name, fingerprint=source.fingerprint, classes=len(source.classes), train=len(source.train), val=len(source.val))
         run.begin(dict(config, given=chosen, source=about), provenance(), fresh=fresh)
     return run
 

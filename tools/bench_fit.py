@@ -1,0 +1,49 @@
+"""What the loop costs: images/s of `fit`'s steps against a bare loop over the same model and optimizer, batches already in memory.
+
+python tools/bench_fit.py [parameters as python -m nwrepro.training takes them]   e.g. --norm wn --data imagenette --image_size 64
+Both run in turn in one process, after a warm-up round; medians over rounds, their ratio, and its range over rounds are printed.
+"""
+import statistics, tempfile, time
+import torch
+import torch.nn.functional as F
+from nwrepro.data import load_source, loader
+from nwrepro.training import begin_run, check_parameters, make_model, make_recipe, make_views, parser, start, steps_of_epoch
+
+STEPS, ROUNDS = 10, 7
+
+def fit_steps(state):
+    "The product's own steps: images from disk or memory, augmentation, checks, record"
+    begin = time.perf_counter()
+    end = state.step+STEPS
+    while state.step < end: steps_of_epoch(state, end, None, [], lambda line: None)
+    return time.perf_counter()-begin
+
+def bare_steps(state, batches):
+    "The least that trains"
+    begin = time.perf_counter()
+    for x, y in batches:
+        loss = F.cross_entropy(state.model(x), y)
+        state.optimizer.zero_grad()
+        loss.backward()
+        state.optimizer.step()
+    return time.perf_counter()-begin
+
+def main():
+    given = vars(parser().parse_args())
+    values = check_parameters(given)
+    source = load_source(values['data'], values['data_dir'])
+    recipe = make_recipe(given, source)
+    views = make_views(recipe, source)
+    with tempfile.TemporaryDirectory() as folder:
+        state = start(make_model(recipe, len(source.classes)), recipe, views, begin_run(recipe, source, given, folder), values['workers'])
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        ready = [(x.contiguous(memory_format=layout), y) for (x, y, _), _ in zip(loader(views.train, 0, recipe.batch_size), range(STEPS))]
+        seconds = [(fit_steps(state), bare_steps(state, ready)) for _ in range(ROUNDS+1)][1:]
+    images = STEPS*recipe.batch_size
+    fit, bare = (images/statistics.median(column) for column in zip(*seconds, strict=True))
+    ratios = sorted(b/f for f, b in seconds)
+    print(f'{recipe.norm}, {recipe.arch} on {recipe.data}, {recipe.image_size} px, batch {recipe.batch_size}, {torch.get_num_threads()} threads, '
+          f'{ROUNDS} rounds of {STEPS} steps: fit {fit:.1f} images/s, bare {bare:.1f} images/s, ratio {fit/bare:.3f} '
+          f'(by round {ratios[0]:.3f} to {ratios[-1]:.3f}), torch {torch.__version__}')
+
+if __name__ == '__main__': main()
