@@ -79,12 +79,12 @@ class Scheme:
     head:Callable = keep             # nn.Linear -> module
     inits:tuple = ('torch',)         # accepted names in `INITS`, the first is the default
 
-# %% ../nbs/02_surgery.ipynb #becf06ca
-_inits = ('torch', 'data', 'norm_preserving')
+# %% ../nbs/02_surgery.ipynb #954282a3
+_inits = ('norm_preserving', 'torch', 'data')
 SCHEMES = dict(
     bn=Scheme(),
     none=Scheme(conv=with_bias, norm=no_norm, inits=_inits),
-    wn=Scheme(conv=weight_normalize, norm=no_norm, head=weight_normalize, inits=('norm_preserving', 'torch', 'data')),
+    wn=Scheme(conv=weight_normalize, norm=no_norm, head=weight_normalize, inits=_inits),
     np=Scheme(conv=weight_normalize, norm=no_norm, act=lambda channels: NPReLU(), join=lambda channels: NPAdd(),
               head=weight_normalize, inits=('np',)),
     trelu=Scheme(conv=strict, norm=no_norm, act=TReLU, join=WNAdd, head=weight_normalize),

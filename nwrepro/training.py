@@ -116,9 +116,9 @@ RECIPES = dict(
                 decay_on='v+w', zero_init=True, bn_eps=1e-5, pipeline='modern', label_smoothing=0.1, precision='bf16', channels_last=True),
 )
 
-# %% ../nbs/06_training.ipynb #0b116ca8
+# %% ../nbs/06_training.ipynb #b93981c8
 SETTINGS = dict(
-    digits=dict(epochs=6, batch_size=32, image_size=32, channels_last=False, lr=dict(bn=0.005, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
+    digits=dict(epochs=8, batch_size=32, image_size=32, channels_last=False, lr=dict(bn=0.005, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
     imagenette=dict(epochs=30, batch_size=64, image_size=64, lr=dict(bn=0.05, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
     cifar10=dict(epochs=30, batch_size=128, image_size=32, lr=dict(bn=0.1, none=0.02, wn=0.05, np=0.01, trelu=0.05)),
     imagenet=dict(image_size=224, lr=dict(bn=0.2, none=0.04, wn=0.1, np=0.02, trelu=0.1)),
