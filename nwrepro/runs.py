@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ENDS', 'write_atomic', 'plain', 'restored', 'to_json', 'canonical', 'safe', 'run_name', 'versions', 'git_state',
-           'code_hash', 'cpu_model', 'machine', 'determinism', 'provenance', 'from_line', 'read_metrics', 'read_json',
-           'Record', 'Log', 'move_aside', 'Run', 'load_runs']
+           'cells_of', 'code_hash', 'cpu_model', 'machine', 'determinism', 'provenance', 'from_line', 'read_metrics',
+           'read_json', 'Record', 'Log', 'move_aside', 'Run', 'load_runs']
 
 # %% ../nbs/05_runs.ipynb #3d8f5037
 import csv, hashlib, io, itertools, json, math, os, platform, re, subprocess, uuid
@@ -30,6 +30,7 @@ def write_atomic(
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+    except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None  # a failed write does not say of which file
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/05_runs.ipynb #73a5a003
@@ -109,11 +110,22 @@ def git_state(
     return dict(revision=revision, dirty=None if changes is None else changes != '')
 
 # %% ../nbs/05_runs.ipynb #f5863667
+def cells_of(
+    notebook:Path,      # a notebook that papermill runs; need not exist
+)->str:                 # source of its code cells, without those that hold parameters; empty where there is no file
+    "The code of a notebook"
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells'] if notebook.is_file() else []
+    tags = [set(cell['metadata'].get('tags', [])) for cell in cells]
+    return '\n\n'.join(''.join(cell['source']) for cell, tag in zip(cells, tags, strict=True)
+                       if cell['cell_type'] == 'code' and not tag & {'parameters', 'injected-parameters'})
+
+# %% ../nbs/05_runs.ipynb #f1a74656
 def code_hash(
     folder:Path|None=None,      # folder of Python files; None = this package
+    notebook:Path|None=None,    # that runs them; None = `nbs/train.ipynb` of the project
 )->str:                         # 16 hex digits
-    "Fingerprint of the names and contents of a package's Python files"
-    digest = hashlib.sha256()
+    "Fingerprint of the names and contents of a package's Python files, and of the code of the notebook that runs them"
+    digest = hashlib.sha256(cells_of(notebook or project_root()/'nbs'/'train.ipynb').encode())
     for path in sorted((folder or Path(nwrepro.__file__).parent).glob('*.py')):
         digest.update(path.name.encode()+b'\0'+hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
@@ -217,11 +229,16 @@ class Log(Record):
         **values            # numbers, strings, or lists of them
     )->None:
         line = to_json(dict(event=event, step=step, epoch=epoch, **values))+'\n'
-        with (self.path/'metrics.jsonl').open('a', encoding='utf-8') as f: f.write(line)
+        path = self.path/'metrics.jsonl'
+        try:
+            with path.open('a', encoding='utf-8') as f: f.write(line)
+        except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None
     def cut(self,
-        step:float,         # the last step to keep; `math.inf` cuts a torn last line only
+        step:float,             # the last step to keep; `math.inf` cuts a torn last line only
+        redo:tuple[str,...]=(), # events that will happen once more at this very step
     )->None:
-        kept = [line for line in read_metrics(self.path/'metrics.jsonl') if line['step'] <= step]
+        def stays(event, at): return event == 'resume' or at < step or at == step and event not in redo
+        kept = [line for line in read_metrics(self.path/'metrics.jsonl') if stays(line['event'], line['step'])]
         write_atomic(self.path/'metrics.jsonl', ''.join(to_json(line)+'\n' for line in kept))
 
 # %% ../nbs/05_runs.ipynb #0e05bfec
@@ -236,6 +253,7 @@ def move_aside(
 # %% ../nbs/05_runs.ipynb #6b14a330
 class Run(Log):
     "A run from its first start to its end"
+    changed = {}  # name -> [before, now] of what it was allowed to go on without
     def begin(self,
         config:dict,            # parameters
         provenance:dict,        # as `provenance()` returns it
@@ -246,6 +264,7 @@ class Run(Log):
             raise ValueError(f'run {self.name} has ended ({status}): read its summary, or pass fresh=True to start over (the old run is kept)')
         if fresh: move_aside(self.path, self.checkpoints)
         elif status == 'new': move_aside(self.checkpoints)  # weights without a run: nobody knows whose
+        for half in (*self.path.glob('.*.part'), *self.checkpoints.glob('.*.part')): half.unlink(missing_ok=True)  # a killed process cannot
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config: write_atomic(self.path/'config.json', to_json({**config, 'provenance': provenance}, indent=1)+'\n')
         (self.path/'summary.json').unlink(missing_ok=True)
