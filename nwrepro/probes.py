@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['sizes', 'direction', 'layers', 'evaluating', 'hooked', 'rounded', 'as_columns', 'layer_outputs', 'filters',
-           'weight_lengths', 'filter_coherence', 'grad_length', 'divergence', 'Watch', 'unchanged', 'first_nonfinite']
+           'weight_lengths', 'filter_coherence', 'grad_length', 'divergence', 'Watch', 'unchanged', 'first_nonfinite',
+           'first_nonfinite_gradient']
 
 # %% ../nbs/04_probes.ipynb #16b9ab57
 import math
@@ -195,3 +196,11 @@ def first_nonfinite(
         if torch.is_tensor(output) and not output.isfinite().all(): found.append(name or type(model).__name__)
     with unchanged(model, x), hooked(dict(model.named_modules()), look): model(x)
     return found[0] if found else None
+
+# %% ../nbs/04_probes.ipynb #5f7f5cf7
+def first_nonfinite_gradient(
+    model:nn.Module,   # network after a backward pass
+)->str|None:           # name of a parameter; None where all gradients are finite
+    "The parameter nearest to the loss, in order of definition, whose gradient holds a nan or an infinity"
+    names = [name for name,p in model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+    return names[-1] if names else None

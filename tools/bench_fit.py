@@ -7,7 +7,8 @@ import statistics, tempfile, time
 import torch
 import torch.nn.functional as F
 from nwrepro.data import load_source, loader
-from nwrepro.training import begin_run, check_parameters, make_model, make_recipe, make_views, parser, start, steps_of_epoch
+from nwrepro.recipe import check_parameters, make_recipe
+from nwrepro.training import begin_run, make_model, make_views, parser, start, steps_of_epoch
 
 STEPS, ROUNDS = 12, 9
 
@@ -15,7 +16,7 @@ def fit_steps(state):
     "The product's own steps: images from disk or memory, augmentation, checks, record"
     begin = time.perf_counter()
     end = state.step+STEPS
-    while state.step < end: steps_of_epoch(state, end, None, [], lambda line: None)
+    while state.step < end: steps_of_epoch(state, end, lambda line: None)
     return time.perf_counter()-begin
 
 def bare_steps(state, batches):
