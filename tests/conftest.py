@@ -2,7 +2,7 @@
 import os, shutil, subprocess, sysconfig
 from pathlib import Path
 
-os.environ.setdefault('OMP_NUM_THREADS', str(min(2, os.cpu_count() or 1)))  # before torch is imported; the models here are small
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: the models here are small, and tests run side by side
 
 import pytest
 from hypothesis import settings
