@@ -1,0 +1,290 @@
+"Grids of runs: what they are made of, what stops them, and that killing one loses nothing"
+import ast, csv, json, math, os, shutil, signal, subprocess, sys, time
+from dataclasses import asdict
+from pathlib import Path
+
+import nbformat, pytest
+from safetensors.torch import load_file
+
+from conftest import ROOT, run_in, snapshot
+from nwrepro import sweeps
+from nwrepro.recipe import TUNED_BY, make_recipe, tuned_lr
+from nwrepro.runs import Record, Run, load_runs, read_metrics
+from nwrepro.survival import hold, release
+from nwrepro.sweeps import (FACTORS, GRIDS, Outcome, bisection, expand, in_words, over, overview, paces, plan, preview, raise_failed, resolve, seconds_left,
+                            setting, steps_done, survivors, sweep, sweep_parameters, together, tuning, unfinished_notebook, write_tuned)
+from nwrepro.training import begin_run, load_source
+
+SMALL = dict(data='digits', arch='resnet18', train_images=100, image_size=16, batch_size=20, bn_batch=10, epochs=2, warmup_epochs=0)
+CELL = dict(SMALL, norm='bn', grid='points', jobs=1, dry_run=False)
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    "A project of its own, with the notebook that trains"
+    (tmp_path/'settings.ini').touch()
+    (tmp_path/'nbs').mkdir()
+    for name in ('train.ipynb', 'sweep.ipynb'): shutil.copy(ROOT/'nbs'/name, tmp_path/'nbs')
+    (tmp_path/'reports').mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ('IN_TEST', 'NWREPRO_DATA'): monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+def pretend(point, status='finished', **summary):
+    "A run that never was"
+    run = Run(point.record.name)
+    run.begin(asdict(point.recipe) | dict(source=dict(train=1437)), {})
+    run.finish(status, **summary)
+
+def cells(name): return {c.source.split(':')[0]: c.source for c in nbformat.read(ROOT/'nbs'/name, 4).cells if 'parameters' in c.metadata.get('tags', [])}
+
+# points
+
+def test_a_grid_is_every_combination_once(elsewhere):
+    points = preview(SMALL | dict(norm=['bn', 'wn'], seed=[0, 1, 2], dropout=[0.1]), 'points')
+    assert [p.label for p in points] == [f'norm={norm} seed={seed}' for norm in ('bn', 'wn') for seed in (0, 1, 2)]
+    assert len({p.record.name for p in points}) == 6 and {p.recipe.dropout for p in points} == {0.1}
+    assert [p.label for p in preview(SMALL | dict(norm='wn'), 'points')] == ['norm=wn']
+    assert len(plan(expand(SMALL | dict(norm='bn', lr=[0.1, '0.1'], init=['none', 'torch'])))) == 1
+
+def test_a_point_is_the_run_that_the_same_command_begins(elsewhere):
+    point, = preview(SMALL | dict(norm='wn', lr='0.02', max_steps=3), 'points')
+    source = load_source('digits')
+    run = begin_run(make_recipe(point.given, source), source, point.given)
+    release(run)
+    assert (run.name, run.path) == (point.record.name, point.record.path) and point.steps == 3 and point.batches == 5
+
+def test_the_notebook_knows_every_parameter_of_a_run_with_the_same_default():
+    def defaults(name):
+        source, = cells(name).values()
+        return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
+    train, both = defaults('train.ipynb'), defaults('sweep.ipynb')
+    assert {name: both[name] for name in both if name not in ('grid', 'jobs', 'dry_run')} == train
+    given, own = sweep_parameters(both)
+    assert given == train and vars(own) == dict(grid='points', jobs=1, dry_run=False)
+
+REFUSED = [
+    (dict(nrom='wn'), "unknown parameter 'nrom': did you mean 'norm'"), (dict(job=2), "unknown parameter 'job': did you mean 'jobs'"), (dict(grid='tune'), "unknown grid 'tune'"),
+    (dict(jobs=0), 'jobs = 0 is not accepted'), (dict(jobs='none'), 'jobs = none is not accepted'), (dict(dry_run=1), 'dry_run = 1 is not accepted'), (dict(seed=[]), 'seed = [] holds no value'),
+    (dict(norm=['bn', 'vn']), "point norm=vn: unknown norm 'vn'"), (dict(norm=['bn', 'wn'], lr=[0.1, 0]), 'point norm=bn lr=0: lr = 0 is not accepted'),
+    (dict(norm=['bn', 'wn'], init=['torch', 'data']), "point norm=bn init=data: unknown init for norm 'bn'"), (dict(seed=[[0, 1]]), 'point norm=bn: seed = [0, 1] is not accepted'),
+    (dict(batch_size=[20, 500]), 'point batch_size=500: batch_size = 500 is more than'), (dict(train_images=[100, 9999]), 'point train_images=9999: '), (dict(norm='[bn,wn]'), "point norm=[bn,wn]: unknown norm '[bn,wn]'"),
+    (dict(lr='tuned'), 'point norm=bn: lr = tuned finds no row for data digits'), (dict(grid='tune_lr', dropout=[0, 0.5]), 'dropout = [0, 0.5] is a list, which tune_lr takes only for'),
+    (dict(grid='survival', lr=0.1), 'lr = 0.1 is not accepted: survival takes two bounds'), (dict(grid='survival', lr=[1, 0.1]), 'lr = [1, 0.1] is not accepted: survival'),
+    (dict(grid='survival', lr=['a', 1]), 'lr = a is not accepted'),
+]
+
+@pytest.mark.parametrize('wrong, sentence', REFUSED, ids=[str(wrong) for wrong, _ in REFUSED])
+def test_a_refused_value_stops_before_anything_runs(wrong, sentence, elsewhere, monkeypatch):
+    monkeypatch.setattr(sweeps, 'launch', lambda *args: pytest.fail('something was run'))
+    with pytest.raises(ValueError) as refusal:
+        given, own = sweep_parameters(CELL | wrong)
+        sweep(given, own.grid, own.jobs, lambda table: None)
+    assert str(refusal.value).startswith(sentence) and '\n' not in str(refusal.value)
+    assert not (elsewhere/'reports/runs').exists()
+
+# what is over, and what it takes
+
+def test_what_has_ended_is_over(elsewhere):
+    done, diverged, cut, new = points = preview(SMALL | dict(norm='wn', seed=[0, 1, 2, 3]), 'points')
+    for point, status in ((done, 'finished'), (diverged, 'diverged'), (cut, 'interrupted')): pretend(point, status)
+    assert [over(p) for p in points] == [True, True, False, False]
+    unfinished_notebook(done.record).touch()
+    assert not over(done)
+    unfinished_notebook(done.record).unlink()
+    again, = preview(SMALL | dict(norm='wn', fresh=True), 'points')
+    assert again.record.name == done.record.name and not over(again)
+
+def test_time_is_estimated_from_finished_runs_alone(elsewhere):
+    points = preview(SMALL | dict(norm='wn', seed=[0, 1, 2, 3, 4]), 'points')
+    left = lambda: [seconds_left(p, paces(load_runs())) for p in points]
+    assert all(map(math.isnan, left())) and in_words(together(left(), 2)) == 'unknown'
+    pretend(points[0], 'diverged', steps=10, img_per_s=1., wall_s=1e6)
+    Run(points[1].record.name).begin({}, {})
+    assert left()[0] == 0 and all(map(math.isnan, left()[1:]))
+    pretend(points[2], steps=10, img_per_s=200., wall_s=4.)    # 0.1 s per step, 1 s per evaluation
+    assert left() == pytest.approx([0, 4, 0, 4, 4])
+    pretend(points[3], steps=10, img_per_s=100., wall_s=8.)    # twice that
+    assert left() == pytest.approx([0, 6, 0, 0, 6]) and together(left(), 2) == pytest.approx(6) and together([1, 9], 2) == 9
+    half, = preview(SMALL | dict(norm='wn', seed=4), 'points')
+    run = Run(half.record.name)
+    run.begin(asdict(half.recipe), {})
+    run.log('train', 5, 1., loss=1.)
+    assert steps_done(half) == 5 and seconds_left(half, paces(load_runs())) == pytest.approx(5*0.15+2*1.5)
+    other, = preview(SMALL | dict(norm='wn', image_size=32), 'points')
+    assert math.isnan(seconds_left(other, paces(load_runs())))
+
+def test_a_preview_touches_nothing(elsewhere):
+    before = snapshot(elsewhere)
+    for grid, n in (('points', 2), ('tune_lr', 2*(5+2)), ('survival', 2*6)):
+        points = preview(SMALL | dict(norm=['bn', 'wn'], epochs=36), grid)
+        table = overview(points, jobs=2)
+        assert len(points) == n and table.loc['all', 'status'] == f'0 of {n}' and set(table['left']) == {'unknown'}
+    assert snapshot(elsewhere) == before
+
+# the two ready grids, on made-up results
+
+def test_tuning_runs_the_best_two_again_and_lr_tuned_reads_the_winner(elsewhere):
+    asked = SMALL | dict(norm=['bn', 'wn'], seed=[0, 1], epochs=36)
+    def top1(recipe):  # long runs like a rate twice as high as short ones
+        best = {'bn': 0.005, 'wn': 0.05}[recipe.norm]*(1 if recipe.epochs == 3 else 2)
+        return 90-10*abs(math.log(recipe.lr/best))+recipe.seed
+    rounds = []
+    for one in tuning(asked):
+        for point in one:
+            if point.recipe.lr == 0.2 and point.recipe.epochs == 3: pretend(point, 'diverged')
+            else: pretend(point, top1=top1(point.recipe))
+        rounds.append(one)
+    short, long = rounds
+    assert [len(short), len(long)] == [2*2*len(FACTORS), 2*2*2] and {p.recipe.epochs for p in short} == {3} and {p.recipe.epochs for p in long} == {12}
+    assert {p.recipe.holdout for p in short+long} == {0.1}
+    best = {(p.recipe.norm, p.recipe.lr) for p in long}
+    assert {norm for norm, _ in best} == {'bn', 'wn'} and ('bn', 0.005) in best and ('wn', 0.05) in best and ('wn', 0.2) not in best
+    rows = write_tuned(short+long)
+    for norm in ('bn', 'wn'):
+        wanted = max((lr for n, lr in best if n == norm), key=lambda lr: top1(next(p.recipe for p in long if p.recipe.norm == norm and p.recipe.lr == lr)))
+        point, = preview(SMALL | dict(norm=norm, lr='tuned'), 'points')
+        assert point.recipe.lr == wanted == tuned_lr(setting(point.recipe)) and point.given['lr'] == 'tuned'
+    assert rows['n'].tolist() == [2, 2] and rows['epochs'].tolist() == [12, 12]
+    assert all(len(runs.split()) == 2 and all(Record(run).status == 'finished' for run in runs.split()) for runs in rows['runs'])
+    assert [over(p) for one in tuning(asked) for p in one] == [True]*28
+
+def test_the_committed_table_names_the_runs_of_each_rate():
+    rows = list(csv.DictReader((ROOT/'reports/tuned_lr.csv').open()))
+    header = (ROOT/'reports/tuned_lr.csv').read_text().splitlines()[0].split(',')
+    assert header == [*TUNED_BY, 'epochs', 'lr', 'top1', 'n', 'runs', 'date']
+    assert all(float(row['lr']) > 0 and len(row['runs'].split()) == int(row['n']) for row in rows)
+
+def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
+    def tune(norm, lr):
+        point, = plan(expand(SMALL | dict(norm=norm, lr=lr, holdout=0.1)))
+        pretend(point, top1=50.)
+        write_tuned([point])
+    tune('wn', 0.1), tune('bn', 0.2), tune('wn', 0.3)
+    lines = (elsewhere/'reports/tuned_lr.csv').read_text().splitlines()
+    assert len(lines) == 3 and lines[0].startswith('data,arch,image_size,recipe,norm,init,batch_size,epochs,lr,top1,n,runs,date')
+    rates = [preview(SMALL | dict(norm=norm, lr='tuned'), 'points')[0].recipe.lr for norm in ('bn', 'wn')]
+    assert rates == [0.2, 0.3]
+    with pytest.raises(ValueError, match='finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, batch_size 10 '):
+        preview(SMALL | dict(norm='wn', lr='tuned', batch_size=10), 'points')
+
+@pytest.mark.parametrize('limit', [1e-4, 0.0123, 0.37, 5, 20])
+def test_bisection_encloses_the_largest_rate_that_survives(limit, elsewhere):
+    asked, probed = SMALL | dict(norm='wn', seed=[0, 1]), []
+    for one in bisection(asked):
+        for point in one: pretend(point, 'finished' if point.recipe.lr*2**point.recipe.seed < limit else 'diverged')
+        probed += one
+    assert {p.steps for p in probed} == {10} and len(probed) == 12
+    for row in survivors(probed).itertuples():
+        at = limit/2**row.seed
+        assert not row.survives >= at and not row.diverges < at and row.probes == 6
+        if 1e-3 < at < 10: assert min(row.diverges, 10)/max(row.survives, 1e-3) < 1.17
+        if at <= 1e-3: assert math.isnan(row.survives)
+        if at >= 10: assert math.isnan(row.diverges)
+
+def test_what_failed_is_named_at_the_end(elsewhere):
+    points = preview(SMALL | dict(norm=['bn', 'wn']), 'points')
+    raise_failed(Outcome(points, {}))
+    with pytest.raises(RuntimeError, match='^1 of 2 points failed; norm=wn: the disk is full$'): raise_failed(Outcome(points, {points[1].record.name: 'the disk is full'}))
+
+def test_a_grid_does_not_build_on_a_round_that_failed(elsewhere, monkeypatch):
+    rounds = []
+    def fail(points, jobs, show):
+        rounds.append(points)
+        return {points[0].record.name: 'no'}
+    monkeypatch.setattr(sweeps, 'run_points', fail)
+    outcome = sweep(SMALL | dict(norm='wn'), 'survival', 1, lambda table: None)
+    assert len(rounds) == 1 and list(outcome.failed) == [outcome.points[0].record.name]
+
+# real sweeps
+
+def start(folder, *command):
+    env = {k: v for k, v in os.environ.items() if k not in ('IN_TEST', 'NWREPRO_DATA')} | {'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+    return subprocess.Popen([sys.executable, *command], cwd=folder, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+def notebook(**given): return ['-m', 'papermill', 'nbs/sweep.ipynb', 'reports/sweep.ipynb', '--no-progress-bar', '-y', json.dumps(given)]
+
+def script(**given): return ['-c', f'from nwrepro.sweeps import sweep\nsweep({given!r}, "points", 2, print)']
+
+def ran(folder, *command):
+    process = start(folder, *command)
+    out, _ = process.communicate(timeout=300)
+    return process.returncode, out
+
+@pytest.mark.slow
+def test_one_sweep_skips_runs_fails_and_diverges(elsewhere):
+    asked = SMALL | dict(norm='wn', max_steps=2, lr=[0.01, 0.02, 0.03, 1e6])
+    done, broken, new, wild = preview(asked, 'points')
+    pretend(done, top1=12.5)
+    broken.record.path.mkdir()
+    (broken.record.path/'config.json').write_text('{"norm"')
+    before = snapshot(done.record.path)
+    code, out = ran(elsewhere, *notebook(**asked, jobs=2))
+    assert code == 1 and 'RuntimeError: 1 of 4 points failed; lr=0.02: run '+broken.record.name+' cannot say what it was begun with' in out, out
+    assert [p.record.status for p in (done, broken, new, wild)] == ['finished', 'started', 'finished', 'diverged']
+    assert snapshot(done.record.path) == before
+    for point in (new, wild):
+        executed = nbformat.read(point.record.path/'train.ipynb', 4)
+        injected, = [c.source for c in executed.cells if 'injected-parameters' in c.metadata.get('tags', [])]
+        assert f'lr = {point.recipe.lr}' in injected and not executed.metadata.papermill.exception
+    assert not list((elsewhere/'reports/runs').glob('.*.ipynb'))
+    table = [o['data']['text/plain'] for c in nbformat.read(elsewhere/'reports/sweep.ipynb', 4).cells for o in c.get('outputs', []) if 'text/plain' in o.get('data', {})]
+    assert any('failed' in t and 'diverged' in t and '3 of 4' in t for t in table)
+
+LONG = SMALL | dict(norm=['bn', 'wn'], epochs=6, lr=0.01, checkpoint_steps=5)
+
+def ends(folder):
+    "All that two runs come to, without clock times"
+    found = {}
+    for path in sorted((folder/'reports/runs').glob('[!.]*')):
+        record = Record(path.name, path.parent, folder/'data/checkpoints')
+        lines = [line for line in read_metrics(path/'metrics.jsonl') if line['event'] != 'resume']
+        summary = {k: v for k, v in record.summary.items() if k not in ('img_per_s', 'wall_s')}
+        found[path.name] = load_file(record.checkpoints/'final.safetensors'), summary, lines, (path/'predictions.csv').read_text()
+    return found
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    "What an uncut sweep comes to"
+    folder = tmp_path_factory.mktemp('whole')
+    (folder/'settings.ini').touch()
+    shutil.copytree(ROOT/'nbs', folder/'nbs', ignore=shutil.ignore_patterns('images', '0*', '.*'))
+    code, out = ran(folder, *script(**LONG))
+    assert code == 0, out
+    return ends(folder)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', [lambda: notebook(**LONG, jobs=2), lambda: script(**LONG)], ids=['papermill', 'process group'])
+def test_a_sweep_that_was_killed_ends_as_one_that_was_not(command, elsewhere, whole):
+    points = preview(LONG, 'points')
+    process = start(elsewhere, *command())
+    end = time.monotonic()+120
+    while not all(list(p.record.checkpoints.glob('step-*.pt')) for p in points):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert [p.record.status for p in points] == ['started']*2
+    code, out = ran(elsewhere, *script(**LONG))
+    assert code == 0, out
+    cut = ends(elsewhere)
+    assert list(cut) == list(whole)
+    for name, (weights, *rest) in whole.items():
+        assert list(cut[name][0]) == list(weights) and all(cut[name][0][k].equal(w) for k, w in weights.items())
+        assert cut[name][1:] == tuple(rest)
+        resumed = [line['step'] for line in read_metrics(elsewhere/'reports/runs'/name/'metrics.jsonl') if line['event'] == 'resume']
+        assert len(resumed) == 1 and resumed[0] >= 5
+        assert (elsewhere/'reports/runs'/name/'train.ipynb').exists()
+
+@pytest.mark.slow
+def test_a_dry_run_of_the_notebook_runs_nothing(elsewhere):
+    code, out = ran(elsewhere, *notebook(**SMALL, norm=['bn', 'wn'], grid='tune_lr', dry_run=True))
+    assert code == 0, out
+    assert not (elsewhere/'reports/runs').exists() and not (elsewhere/'reports/tuned_lr.csv').exists()
+
+@pytest.mark.slow
+def test_a_real_bisection(elsewhere, monkeypatch):
+    monkeypatch.setattr(sweeps, 'PROBES', 2)
+    outcome = sweep(SMALL | dict(norm='wn', max_steps=2, lr=[1e-14, 1e12]), 'survival', 1, lambda table: None)
+    raise_failed(outcome)
+    row, = survivors(outcome.points).to_dict('records')
+    assert row['probes'] == 2 and (row['survives'], row['diverges']) == (0.1, 3.16e5)
