@@ -72,8 +72,8 @@ def answer(
     first = next(v for v in verdicts if v.key == 'C1')
     return [f"Gitman & Ginsburg (2017) state that weight normalization, put in the place of batch normalization in ResNet-50 on ImageNet, trains better but ends about 6 % lower in test accuracy, and less stably; this page holds that against {evidence(runs)}.",
             f"Test accuracy (C1) is {wording(first).removesuffix(' (analogue)')}: {ended(first.why)}",
-            f"What lies behind it: {tally(verdicts, ['C2', 'C3', 'C4', 'C5'])}.",
-            f"Stability, its cause, other networks and cost: {tally(verdicts, ['C6', 'C7', 'C8', 'C9', 'C10', 'C11'])}.",
+            f"What lies behind it – {tally(verdicts, ['C2', 'C3', 'C4', 'C5'])}.",
+            f"Stability, its cause, other networks and cost – {tally(verdicts, ['C6', 'C7', 'C8', 'C9', 'C10', 'C11'])}.",
             conclusion(verdicts)]
 
 # %% ../nbs/09_report.ipynb #41b499c1
@@ -172,7 +172,7 @@ def missing(
     notes += [f"{name} is not drawn: {error.replace(f'{shelf.folder.absolute()}{os.sep}', '')}." for name, error in shelf.damaged.items()]
     cut = runs['run'][runs['status'].isin(['started', 'interrupted'])]
     if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it goes on where it stopped.')
-    if not len(runs): notes.append('There are no runs: papermill nbs/train.ipynb reports/wn.ipynb -p norm wn makes one on handwritten digits in a few minutes.')
+    if not len(runs): notes.append('There are no runs: `papermill nbs/train.ipynb reports/wn.ipynb -p norm wn` makes one on handwritten digits in a few minutes.')
     return notes
 
 # %% ../nbs/09_report.ipynb #9ed93441
@@ -313,8 +313,7 @@ def write_page(
     "Write `index.html` and its figures"
     out = Path(out).absolute()
     (out/'figures').mkdir(parents=True, exist_ok=True)
-    root = project_root()
-    place = os.path.relpath(shelf.folder, root) if shelf.folder.is_relative_to(root) else shelf.folder.name
+    place = Path(os.path.relpath(shelf.folder, project_root())).as_posix()
     groups = comparable(runs)
     parts = [claim_part(v, pictures.get(v.key), shown(v, groups), out, place) for v in verdicts]
     page = render(answer=answer(verdicts, runs), claims=parts, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
