@@ -87,12 +87,12 @@ def check_parameters(
 # %% ../nbs/06_recipe.ipynb #24affc44
 def notebook_parameters(
     namespace:dict,  # `globals()` of the notebook
-    others=(),       # names that are parameters of this notebook only
+    accepted=tuple(RULES),  # names of the notebook's parameters
 )->dict:             # the parameters among them, as they were given
     "Parameters in a notebook's namespace; ValueError for a plain value under another name"
     plain = (str, int, float, bool, list, type(None))
     names = [k for k, v in namespace.items() if isinstance(v, plain) and not k.startswith('_') and k not in ('In', 'Out')]
-    for name in names: choose('parameter', name, [*RULES, *others])
+    for name in names: choose('parameter', name, list(accepted))
     return {name: namespace[name] for name in names}
 
 # %% ../nbs/06_recipe.ipynb #b086a21e

@@ -20,7 +20,7 @@ from functools import cache
 from types import SimpleNamespace
 import pandas
 from .data import load_source, project_root
-from .recipe import DEFAULTS, TUNED_BY, Recipe, Rule, check_parameters, make_recipe, notebook_parameters, parse_value, tuned_table
+from .recipe import DEFAULTS, RULES, TUNED_BY, Recipe, Rule, check_parameters, make_recipe, notebook_parameters, parse_value, tuned_table
 from .runs import Record, load_runs, machine, read_metrics, run_name, write_atomic
 from .surgery import choose
 from .survival import hold, release
@@ -37,7 +37,7 @@ def sweep_parameters(
     namespace:dict,  # `globals()` of the notebook
 )->tuple[dict,SimpleNamespace]:  # parameters of runs, each a value or a list; `grid`, `jobs` and `dry_run`
     "What a notebook's cell asks for; ValueError for a name or a value of the sweep that is not accepted"
-    values = notebook_parameters(namespace, others=list(OWN))
+    values = notebook_parameters(namespace, [*RULES, *OWN])
     own = SimpleNamespace(**{name: parse_value(name, values.pop(name), OWN) for name in OWN})
     choose('grid', own.grid, list(GRIDS))
     if own.jobs is None: raise ValueError(f"jobs = none is not accepted: expected {OWN['jobs'].words}")
