@@ -199,7 +199,8 @@ def execute(
     hold(record, wait=-1)
     release(record)
     part.parent.mkdir(parents=True, exist_ok=True)
-    try: papermill.execute_notebook(str(root/'nbs'/'train.ipynb'), str(part), given, progress_bar=False, cwd=str(root))
+    source, target = (os.path.relpath(path) for path in (root/'nbs'/'train.ipynb', part))  # both stay in the notebook, and should name no machine's folders
+    try: papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root))
     finally:
         if record.path.is_dir() and part.exists(): os.replace(part, record.path/'train.ipynb')
         part.unlink(missing_ok=True)

@@ -223,6 +223,7 @@ def test_one_sweep_skips_runs_fails_and_diverges(elsewhere):
     assert [p.record.status for p in (done, broken, new, wild)] == ['finished', 'started', 'finished', 'diverged']
     assert snapshot(done.record.path) == before
     for point in (new, wild):
+        assert str(elsewhere) not in (point.record.path/'train.ipynb').read_text()
         executed = nbformat.read(point.record.path/'train.ipynb', 4)
         injected, = [c.source for c in executed.cells if 'injected-parameters' in c.metadata.get('tags', [])]
         assert f'lr = {point.recipe.lr}' in injected and not executed.metadata.papermill.exception
