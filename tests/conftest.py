@@ -1,11 +1,13 @@
 "What several test files use: threads, a copy of the project, its commands, real images where they are"
-import os, shutil, subprocess, sysconfig
+import os, shutil, signal, subprocess, sysconfig
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch is imported: the models here are small, and tests run side by side
 
 import pytest
 from hypothesis import settings
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it, and so would the processes that tests interrupt
 
 settings.register_profile('repeatable', deadline=None, derandomize=True)
 settings.load_profile('repeatable')
