@@ -7,7 +7,8 @@ __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'FIGU
            'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe', 'per_run', 'points',
            'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves', 'convergence',
            'grid_numbers', 'grid', 'regularisers', 'survival_numbers', 'survival_curves', 'stability', 'depth_numbers',
-           'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain', 'picture_of', 'save']
+           'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain', 'cost_numbers',
+           'cost_panels', 'cost_per_step', 'picture_of', 'save']
 
 # %% ../nbs/08_figures.ipynb #0077c82d
 import itertools, math
@@ -18,7 +19,7 @@ import matplotlib.pyplot as plt
 import pandas, torch
 from matplotlib.figure import Figure
 from .runs import Record
-from .stats import arm, gains, mean_interval
+from .stats import MEASURED, arm, cost_records, gains, mean_interval, step_ratio
 
 # %% ../nbs/08_figures.ipynb #fecefd01
 LOOKS = dict(bn=('#0072B2', 'o'), none=('#666666', 's'), wn=('#D55E00', '^'), np=('#009E73', 'D'), trelu=('#CC79A7', 'v'))
@@ -462,9 +463,52 @@ def coherence_and_gain(
     found = coherence_numbers(runs, shelf)
     if len(found): return Picture(scatter(found), f'A marker per convolution, at the last probe of one run per scheme. {describe(runs, shelf)}', found)
 
+# %% ../nbs/08_figures.ipynb #2b0fc12d
+def cost_numbers(
+    shelf:Shelf,            # of runs, beside which the records lie
+    most:int=4,             # records, the largest images first
+)->pandas.DataFrame:        # a row per record and scheme
+    "How many times the step of `none` a step takes"
+    records = [r for r in cost_records(shelf.folder) if 'none' in r['seconds']]
+    rows = []
+    for record in sorted(records, key=lambda r: (-r['image_size'], -r['batch_size']))[:most]:
+        about = {name: record[name] for name in MEASURED if name != 'seconds'}
+        for norm in record['seconds']:
+            e = step_ratio(record, norm, 'none')
+            rows.append(dict(scheme=norm, rounds=e.n, times_none=e.value, low=e.low, high=e.high) | about)
+    return pandas.DataFrame(rows)
+
+def cost_panels(
+    numbers:pandas.DataFrame,  # as `cost_numbers` makes it
+)->Figure:
+    "Step time over that of `none`, a panel per record"
+    records = [part for _, part in numbers.groupby(['image_size', 'batch_size', 'precision', 'device', 'arch'], sort=False)]
+    fig, axs = plt.subplots(1, len(records), figsize=(3.6*len(records)+1, 3.2), layout='constrained', sharey=True, squeeze=False)
+    for ax, part in zip(axs[0], records, strict=True):
+        for x, row in enumerate(part.itertuples()):
+            ax.errorbar(x, row.times_none, [[row.times_none-row.low], [row.high-row.times_none]], ms=8, capsize=3, **look(row.scheme))
+        ax.axhline(1, color='0.6', ls=':', zorder=0)
+        ax.set(title=f'{row.arch}, {row.image_size} px, batch {row.batch_size}, {row.precision}', xticks=range(len(part)), xticklabels=part['scheme'])
+        ax.title.set_fontsize(9)
+    axs[0,0].set_ylabel('step time, times that of none')
+    plt.close(fig)
+    return fig
+
+def cost_per_step(
+    runs:pandas.DataFrame,  # not asked
+    shelf:Shelf,            # beside which the records lie
+)->Picture|None:            # None where there is no record
+    "C10 and C11: what a step costs"
+    found = cost_numbers(shelf)
+    if found.empty: return None
+    layouts = ', '.join('channels_last' if last else 'contiguous' for last in found['channels_last'].unique())
+    return Picture(cost_panels(found), f"Median over {listed(found['rounds'])} rounds of one step of each scheme in turn, with the 95 % interval of the median; "
+                   f"one batch in memory, period recipe (`paper`), {layouts}. {listed(found['arch'])} at {listed(found['image_size'])} px, batch {listed(found['batch_size'])}, "
+                   f"{listed(found['precision'])}. One process per record, n = 1. Hardware: {listed(found['hardware'])}.", found)
+
 # %% ../nbs/08_figures.ipynb #5776dc6a
 FIGURES = dict(C1=final_accuracy, C2=training_curves, C3=convergence, C4=generalisation_gap, C5=regularisers, C6=stability, C7=signal_by_depth,
-               C8=coherence_and_gain)
+               C8=coherence_and_gain, C10=cost_per_step, C11=cost_per_step)
 
 def picture_of(
     key:str,                # of a claim
@@ -472,7 +516,7 @@ def picture_of(
     shelf:Shelf,            # where their records are
 )->Picture|None:            # None where nothing can be drawn
     "The figure of a claim"
-    return FIGURES[key](runs, shelf) if key in FIGURES and len(runs) else None
+    return FIGURES[key](runs, shelf) if key in FIGURES and (len(runs) or FIGURES[key] is cost_per_step) else None
 
 # %% ../nbs/08_figures.ipynb #bec39601
 def save(

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'Estimate', 'SETTING', 'FREE', 'GAPS', 'CLAIMS', 'ITSELF', 'NUMBERS', 'Course', 'LEVELS', 'FAMILY', 'STEEP',
-           'mean_interval', 'spelt', 'welch', 'paired', 'wilson', 'answers', 'mcnemar', 'holm', 'complete',
-           'comparable', 'ended_well', 'done', 'summarised', 'by_setting', 'arm', 'against_bn', 'Verdict', 'Claim',
-           'claim', 'kind_of', 'place', 'best_setting', 'number', 'table_of', 'not_tested', 'missing', 'ruling',
-           'interval', 'counted', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains',
-           'coherence_rank', 'read_course', 'courses', 'decide_c2', 'epochs_to', 'decide_c3', 'decide_c4', 'grids',
-           'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'limits', 'ladder_numbers', 'how_much', 'decide_c6',
-           'probed', 'early', 'rise', 'decide_c7', 'decide_c8', 'decide_c9', 'decide_cost', 'judge']
+           'MEASURED', 'UNMEASURED', 'SIGNIFICANT', 'mean_interval', 'spelt', 'welch', 'paired', 'wilson', 'answers',
+           'mcnemar', 'holm', 'complete', 'comparable', 'ended_well', 'done', 'summarised', 'by_setting', 'arm',
+           'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'place', 'best_setting', 'number', 'table_of',
+           'not_tested', 'missing', 'ruling', 'interval', 'counted', 'gap_claim', 'decide_c1', 'lines_of',
+           'running_accuracy', 'growth', 'gains', 'coherence_rank', 'read_course', 'courses', 'decide_c2', 'epochs_to',
+           'decide_c3', 'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'limits',
+           'ladder_numbers', 'how_much', 'decide_c6', 'probed', 'early', 'rise', 'decide_c7', 'decide_c8', 'decide_c9',
+           'cost_records', 'step_ratio', 'dearest_record', 'kind_of_cost', 'place_of_cost', 'decide_c10', 'decide_c11',
+           'judge']
 
 # %% ../nbs/07_stats.ipynb #138c93da
 import itertools, math, re
@@ -20,7 +22,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy, pandas, scipy.stats
-from .runs import Record, read_metrics
+from .data import project_root
+from .runs import Record, read_json, read_metrics
 
 # %% ../nbs/07_stats.ipynb #1ddee8b9
 LEAST = 3  # runs per scheme, below which nothing is decided; our choice
@@ -736,17 +739,86 @@ def decide_c9(key, runs, folder=None):
     verdict = 'undecided' if ruling(gap) == 'supported' and not fitted else ruling(gap)
     return Verdict(key, verdict, 'analogue', why, table_of([*rows, number('top1', f'{norm} - bn', gap, 'points')]), [r for mine in arms.values() for r in mine.run])
 
-# %% ../nbs/07_stats.ipynb #54f1a937
-@claim('C11', 'Cost of WN', tag='paper',
-       sentence='G&G state that WN algorithms do not slow down training iterations.',
-       observable='images/s of bn, wn, np, trelu and none, same device, precision, layout and batch.',
-       rule='Not written yet: a rule needs records of cost; the claim will be supported if the WN schemes are at least as fast as bn.')
+# %% ../nbs/07_stats.ipynb #3be7bd86
+MEASURED = ('arch', 'image_size', 'batch_size', 'precision', 'channels_last', 'device', 'hardware', 'seconds')
+
+def cost_records(
+    folder=None,    # of runs; the records lie in `cost` beside it; None = `reports/runs` of the project
+)->list[dict]:      # with at least the keys in `MEASURED`; `seconds`: scheme -> seconds per step, a list with one value per round
+    "What is on record of the cost of a step; damaged files are left out"
+    place = (Path(folder).absolute() if folder else project_root()/'reports'/'runs').parent/'cost'
+    records = [read_json(path) for path in sorted(place.glob('*.json'))]
+    return [record for record in records if set(MEASURED) <= set(record) and isinstance(record['seconds'], dict)]
+
+# %% ../nbs/07_stats.ipynb #d2e3cb27
+def step_ratio(
+    record:dict,    # of cost
+    norm:str,       # scheme
+    other:str,      # scheme
+)->Estimate:        # `n` rounds; nan ends below six
+    "How many times the step of `other` a step of `norm` takes: median over rounds, with its interval"
+    ratio = numpy.divide(*(numpy.asarray(record['seconds'][name], float) for name in (norm, other)))
+    low, high = scipy.stats.quantile_test(ratio, q=1., p=0.5).confidence_interval(0.95)
+    return Estimate(len(ratio), float(numpy.median(ratio)), float(low), float(high))
+
+# %% ../nbs/07_stats.ipynb #0a13ed5b
+def dearest_record(
+    folder,         # of runs, as `cost_records` takes it
+    norms:tuple,    # schemes that must all have been measured
+)->dict|None:       # None where there is none
+    "The record that a claim about cost is judged by: the paper's network and size on a GPU before others, then the largest"
+    found = [record for record in cost_records(folder) if set(norms) <= set(record['seconds'])]
+    return max(found, key=lambda r: (kind_of_cost(r) == 'claim', r['image_size'], r['batch_size'], len(r['seconds'][norms[0]])), default=None)
+
+def kind_of_cost(
+    record:dict,    # of cost
+)->str:             # 'claim' or 'analogue'
+    "Is this ResNet-50 at 224 px on a GPU?"
+    return 'claim' if (record['arch'], record['image_size'], record['device']) == ('resnet50', 224, 'cuda') else 'analogue'
+
+def place_of_cost(
+    record:dict,    # of cost
+)->str:             # opening of a verdict's sentence
+    "Where a step was timed"
+    layout = 'channels_last' if record['channels_last'] else 'contiguous'
+    where = f"{record['arch']} at {record['image_size']} px, batch {record['batch_size']}, {record['precision']}, {layout}, {record['hardware']}"
+    return f'{where}: ' if kind_of_cost(record) == 'claim' else f'analogue ({where}), not the claim itself: '
+
+# %% ../nbs/07_stats.ipynb #1ef346b5
+UNMEASURED = 'there are no records of cost beside the runs, in `reports/cost`: `papermill nbs/cost.ipynb reports/cost.ipynb` makes one; images/s in the summary of a run depends on what else its machine did, and decides nothing'
+SIGNIFICANT = 5  # percent of a step; our choice
+
 @claim('C10', 'Cost of BN', tag='paper',
        sentence='G&G state that batch normalization takes a significant fraction of training run-time and is bound by memory bandwidth.',
-       observable='Share of the step time: summed kernel time, and step time with BN replaced by the identity; bytes/s against peak; precision and layout stated.',
-       rule='Not written yet: a rule needs records of cost, and the threshold of "significant" will be our choice.')
-def decide_cost(key, runs, folder=None):
-    return not_tested(key, 'there are no records of cost in `reports/cost`: images/s in the summary of a run depends on what else its machine did, and decides nothing')
+       observable='Share of the step time that goes when BN is replaced by the identity (scheme none), median over rounds of steps in turn; precision and layout stated.',
+       rule='Our choice: supported if the 95 % interval of the share lies above 5 % of a step, contradicted if below, undecided otherwise. That the share is bound by '
+            'bandwidth is not decided by it.')
+def decide_c10(key, runs, folder=None):
+    record = dearest_record(folder, ('bn', 'none'))
+    if not record: return not_tested(key, UNMEASURED)
+    left = step_ratio(record, 'none', 'bn')
+    share = Estimate(left.n, 100*(1-left.value), 100*(1-left.high), 100*(1-left.low))
+    verdict = ruling(share._replace(low=share.low-SIGNIFICANT, high=share.high-SIGNIFICANT))
+    why = f"{place_of_cost(record)}bn takes {share.value:.1f} % of a step, 95 % interval {share.low:.1f} to {share.high:.1f} ({share.n} rounds)"
+    return Verdict(key, verdict, kind_of_cost(record), why, table_of([number('share of a step', 'bn', share, '%')]), [])
+
+# %% ../nbs/07_stats.ipynb #c5dd5a5b
+@claim('C11', 'Cost of WN', tag='paper',
+       sentence='G&G state that WN algorithms do not slow down training iterations.',
+       observable='Step time of wn, np and trelu over that of bn, and over none beside it, median over rounds of steps in turn; same device, precision, layout and batch.',
+       rule='Our choice: supported if for each measured WN scheme the 95 % interval of the ratio to bn lies below 1.01, contradicted if for one of them it lies above, '
+            'undecided otherwise.')
+def decide_c11(key, runs, folder=None):
+    record = dearest_record(folder, ('wn', 'bn', 'none'))
+    if not record: return not_tested(key, UNMEASURED)
+    schemes = [norm for norm in FAMILY if norm in record['seconds']]
+    ratios = {norm: step_ratio(record, norm, 'bn') for norm in schemes}
+    rulings = [ruling(Estimate(r.n, 1.01-r.value, 1.01-r.high, 1.01-r.low)) for r in ratios.values()]
+    verdict = 'contradicted' if 'contradicted' in rulings else 'supported' if set(rulings) == {'supported'} else 'undecided'
+    rows = [number('step time over bn', norm, r, 'times') for norm, r in ratios.items()]
+    rows += [number('step time over none', norm, step_ratio(record, norm, 'none'), 'times') for norm in ('bn', *schemes)]
+    said = ', '.join(f'{norm} {r.value:.3f} ({r.low:.3f} to {r.high:.3f})' for norm, r in ratios.items())
+    return Verdict(key, verdict, kind_of_cost(record), f"{place_of_cost(record)}a step takes this many times that of bn: {said} ({len(record['seconds']['bn'])} rounds)", table_of(rows), [])
 
 # %% ../nbs/07_stats.ipynb #1be694d2
 def judge(
