@@ -1,5 +1,5 @@
 "The page of a report: on real runs, on nothing, on broken folders, on thousands of folders, and in a real browser"
-import contextlib, json, os, re, shutil, subprocess, sys, time
+import contextlib, json, math, os, re, shutil, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -252,13 +252,14 @@ def fill(folder, count):
             (folder/f'{norm}-{k:05d}'/name).write_text(text)
 
 MEASURE = '''
-import resource, sys, time
+import re, sys, time
 start = time.process_time()
 sys.path.insert(0, 'tests')
 from pathlib import Path
 from test_report import page_of
 page_of(Path(sys.argv[1]), Path(sys.argv[2]))
-print(time.process_time()-start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+peak = Path('/proc/self/status')  # getrusage would count what the parent held when it started this process
+print(time.process_time()-start, int(re.search(r'VmHWM:\\s+(\\d+) kB', peak.read_text())[1])/1024 if peak.exists() else 'nan')
 '''
 
 @pytest.fixture(scope='module')
@@ -275,7 +276,9 @@ def crowd(tmp_path_factory):
 def test_5000_runs_in_a_minute_and_a_gigabyte(crowd):
     page, seconds, mebibytes = crowd
     check(page)
-    assert (seconds < 60, mebibytes < 1024) == (True, True), f'{seconds:.1f} s, {mebibytes:.0f} MiB'
+    assert seconds < 60, f'{seconds:.1f} s'
+    if math.isnan(mebibytes): pytest.skip('this system does not tell the peak of a process in /proc')
+    assert mebibytes < 1024, f'{mebibytes:.0f} MiB'
 
 # in a browser
 
