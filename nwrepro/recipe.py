@@ -38,6 +38,7 @@ RULES = dict(
     warmup_epochs=Rule(float, 'epochs of linear warm-up, a number of at least 0; none = table of the data', lambda v: 0 <= v < math.inf),
     image_size=Rule(int, 'side of the images in pixels, a whole number of at least 16; none = table of the data', lambda v: v >= 16),
     precision=Rule(str, 'fp32, bf16 (autocast) or fp64; none = recipe', lambda v: v in ('fp32', 'bf16', 'fp64')),
+    compile=Rule(str, 'what a compiler makes faster: kernels (activations and optimizer of WN schemes), network (all of it) or off; none = table of the data, else kernels', lambda v: v in ('off', 'kernels', 'network')),
     seed=Rule(int, 'seed of weights, data order, augmentation and dropout, a whole number of at least 0', lambda v: v >= 0),
     workers=Rule(int, 'processes that load images, a whole number of at least 0 (0 = this one)', lambda v: v >= 0),
     checkpoint_steps=Rule(int, 'steps between checkpoints, a whole number of at least 1; none = by minutes only', lambda v: v >= 1),
@@ -98,14 +99,17 @@ def notebook_parameters(
 # %% ../nbs/06_recipe.ipynb #b086a21e
 RECIPES = dict(
     paper=dict(strides='v1', batch_size=256, bn_batch=32, epochs=120, schedule='poly', warmup_epochs=1., momentum=0.9, weight_decay=1e-4,
-               decay_on='all', zero_init=False, bn_eps=1e-4, pipeline='period', label_smoothing=0., precision='fp32', channels_last=True),
+               decay_on='all', zero_init=False, bn_eps=1e-4, pipeline='period', label_smoothing=0., precision='fp32', channels_last=True,
+               compile='kernels'),
     modern=dict(strides='v1.5', batch_size=256, bn_batch=32, epochs=100, schedule='cosine', warmup_epochs=5., momentum=0.9, weight_decay=5e-5,
-                decay_on='v+w', zero_init=True, bn_eps=1e-5, pipeline='modern', label_smoothing=0.1, precision='bf16', channels_last=True),
+                decay_on='v+w', zero_init=True, bn_eps=1e-5, pipeline='modern', label_smoothing=0.1, precision='bf16', channels_last=True,
+                compile='kernels'),
 )
 
 # %% ../nbs/06_recipe.ipynb #b93981c8
 SETTINGS = dict(
-    digits=dict(epochs=8, batch_size=32, image_size=32, channels_last=False, lr=dict(bn=0.005, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
+    digits=dict(epochs=8, batch_size=32, image_size=32, channels_last=False, compile='off',
+                lr=dict(bn=0.005, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
     imagenette=dict(epochs=30, batch_size=64, image_size=64, lr=dict(bn=0.05, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
     cifar10=dict(epochs=30, batch_size=128, image_size=32, lr=dict(bn=0.1, none=0.02, wn=0.05, np=0.01, trelu=0.05)),
     imagenet=dict(image_size=224, lr=dict(bn=0.2, none=0.04, wn=0.1, np=0.02, trelu=0.1)),
@@ -143,6 +147,7 @@ class Recipe:
     pipeline:str            # 'period' or 'modern' input pipeline
     precision:str           # 'fp32', 'bf16' (autocast) or 'fp64'
     channels_last:bool      # memory format of activations and weights
+    compile:str             # 'off', 'kernels' or 'network'; changes rounding and speed only
     seed:int                # weights, data order, augmentation, dropout
 
 # %% ../nbs/06_recipe.ipynb #db01909e

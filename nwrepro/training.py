@@ -28,7 +28,9 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.utils import accuracy
 from torch import nn
 from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines
-from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, grad_length, layer_outputs, weight_lengths
+from .optimizer import WNSGD, clip_gradient, gradient_length, normalised
+from .passes import Kernel
+from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, weight_lengths
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
 from .runs import Run, provenance, read_metrics, run_name, write_atomic
 from .surgery import convert, parameter_roles
@@ -78,15 +80,15 @@ def make_model(
 
 # %% ../nbs/06_training.ipynb #4958094a
 def make_optimizer(
-    model:nn.Module,  # network of any scheme
+    model:nn.Module,  # network of any scheme; its weight-normalised layers are handed over
     recipe:Recipe,    # momentum, lr, weight_decay, decay_on
-)->torch.optim.SGD:   # two parameter groups: decaying, not decaying
+)->WNSGD:             # two parameter groups: decaying, not decaying
     "SGD with weight decay on the roles that the recipe names"
     roles, decay = parameter_roles(model), recipe.decay_on.split('+')
     groups = {True: [], False: []}
     for name, p in model.named_parameters(): groups[recipe.decay_on == 'all' or roles[name] in decay].append(p)
-    return torch.optim.SGD([dict(params=groups[True], weight_decay=recipe.weight_decay), dict(params=groups[False], weight_decay=0.)],
-                           lr=recipe.lr, momentum=recipe.momentum, fused=True)
+    return WNSGD([dict(params=groups[True], weight_decay=recipe.weight_decay), dict(params=groups[False], weight_decay=0.)],
+                 normalised(model), torch.bfloat16 if recipe.precision == 'bf16' else None, lr=recipe.lr, momentum=recipe.momentum, fused=True)
 
 # %% ../nbs/06_training.ipynb #b5a5a22e
 def make_schedule(
@@ -112,9 +114,11 @@ def start(
 )->SimpleNamespace:   # model, optimizer, schedule, rule, step, seconds, ... of a run
     "Put a run together on this machine's device"
     accelerator = Accelerator()
-    optimizer = make_optimizer(model.to(accelerator.device), recipe)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    return SimpleNamespace(model=model, optimizer=optimizer, schedule=make_schedule(optimizer, recipe, views.batches), accelerator=accelerator,
+    sgd = make_optimizer(model.to(accelerator.device), recipe)
+    model, optimizer = accelerator.prepare(model, sgd)
+    Kernel.wanted = recipe.compile != 'off'
+    if recipe.compile == 'network': model.compile()
+    return SimpleNamespace(model=model, optimizer=optimizer, sgd=sgd, schedule=make_schedule(optimizer, recipe, views.batches), accelerator=accelerator,
                            recipe=recipe, views=views, run=run, rule=Watch(model.num_classes), probe=first_images(views.train_eval, 32), workers=workers,
                            step=0, seconds=dict(train=0., wall=0.), sums=torch.zeros(3, dtype=torch.float64), asked=Requests(),
                            checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes, clock=time.perf_counter(), saved_at=time.monotonic())
@@ -152,11 +156,10 @@ def train_step(
     loss = F.cross_entropy(logits, y, label_smoothing=state.recipe.label_smoothing)
     state.optimizer.zero_grad()
     state.accelerator.backward(loss)
-    params = [p for p in state.model.parameters() if p.grad is not None]
-    length = grad_length(params)
+    length = gradient_length(state.sgd)
     reason = state.rule.step(loss.item(), length.item())
     if reason: return reason
-    if state.recipe.grad_clip: nn.utils.clip_grads_with_norm_(params, state.recipe.grad_clip, length)
+    if state.recipe.grad_clip: clip_gradient(state.sgd, state.recipe.grad_clip, length)
     state.optimizer.step()
     state.sums += torch.tensor([loss.item()*len(y), (logits.argmax(1) == y).sum().item(), len(y)])
     state.step += 1
@@ -187,7 +190,8 @@ def probe(
     x, lengths = state.probe.to(state.accelerator.device), weight_lengths(state.model)
     if state.recipe.precision == 'fp64': x = x.double()
     angular = [state.optimizer.param_groups[0]['lr']/v**2 if v else None for v in lengths['v']]
-    return dict(outputs=layer_outputs(state.model, x), lengths=lengths, coherence=filter_coherence(state.model), angular_lr=angular)
+    with torch.compiler.set_stance('force_eager'): outputs = layer_outputs(state.model, x)  # a compiled network runs past hooks
+    return dict(outputs=outputs, lengths=lengths, coherence=filter_coherence(state.model), angular_lr=angular)
 
 # %% ../nbs/06_training.ipynb #703da7ea
 def checkpoint(
@@ -334,7 +338,7 @@ def diverged(
     recipe, device, epoch = state.recipe, state.accelerator.device, state.step/state.views.batches
     gradient = first_nonfinite_gradient(state.model)
     seed_step(state)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'):
+    with torch.compiler.set_stance('force_eager'), torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'):
         layer = first_nonfinite(state.model.train(), x.to(device, dtype=torch.float64 if recipe.precision == 'fp64' else torch.float32))
     before = probe(state)
     state.run.log('probe', state.step, epoch, **before)

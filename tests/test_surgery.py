@@ -4,7 +4,8 @@ import pytest, timm, torch
 from safetensors.torch import load, save
 from torch import nn
 from nwrepro.init import layer_parts
-from nwrepro.layers import NPReLU, TReLU, WNConv2d, filter_lengths
+from nwrepro.layers import WNConv2d, filter_lengths
+from nwrepro.passes import NPFloor, NPJoin, OnePassTReLU, WNJoin
 from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, fold, parameter_roles, to_timm
 
 def network(arch, norm, dtype=torch.float32, **kwargs):
@@ -50,7 +51,7 @@ def test_nothing_is_missed(arch, norm):
     count = lambda modules, *kinds: sum(type(m) in kinds for m in modules)
     convs, acts = count(before, nn.Conv2d), count(before, nn.ReLU)
     assert count(after, WNConv2d if norm in ('wn', 'np', 'trelu') else nn.Conv2d) == convs
-    assert count(after, dict(np=NPReLU, trelu=TReLU).get(norm, nn.ReLU)) == acts
+    assert count(after, *dict(np=(NPFloor, NPJoin), trelu=(OnePassTReLU, WNJoin)).get(norm, (nn.ReLU,))) == acts
     assert count(after, nn.BatchNorm2d) == 0
     assert sum(isinstance(m, nn.BatchNorm2d) for m in after) == (convs if norm == 'bn' else 0)
     assert sum(isinstance(m, JoinBlock) for m in model.modules()) == (sum(len(getattr(stock, f'layer{k}')) for k in (1, 2, 3, 4)) if norm in ('np', 'trelu') else 0)

@@ -1,0 +1,125 @@
+"The forms that make a scheme cheap against the plain forms of the lessons: networks, gradients, training, and compiled kernels"
+import copy, warnings
+import pytest, timm, torch
+import torch.nn.functional as F
+from torch import nn
+from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, weight_normalize
+from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, normalised
+from nwrepro.passes import Kernel, NPJoin, WNJoin
+from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, no_norm, parameter_roles, strict
+
+PLAIN = dict(wn=SCHEMES['wn'], np=Scheme(conv=weight_normalize, norm=no_norm, act=lambda channels: NPReLU(), join=lambda channels: NPAdd(), head=weight_normalize, inits=('np',)),
+             trelu=Scheme(conv=strict, norm=no_norm, act=TReLU, join=WNAdd, head=weight_normalize))
+
+def pair(norm, arch, monkeypatch, layout):
+    "A network in its plain form and in the form of the scheme, in float64, with parameters moved off their start"
+    monkeypatch.setitem(SCHEMES, 'plain', PLAIN[norm])
+    torch.manual_seed(0)
+    plain, fast = (convert(timm.create_model(arch, num_classes=10), scheme).double().to(memory_format=layout) for scheme in ('plain', norm))
+    with torch.no_grad():
+        for p in plain.parameters(): p.mul_(1+0.2*torch.rand_like(p)).add_(0.05*torch.randn_like(p))
+    fast.load_state_dict({plain_name(name, fast): value for name, value in plain.state_dict().items()})
+    return plain.train(), fast.train()
+
+def plain_name(name, fast):
+    "The name in `fast` of a parameter of a plain network: a join that activates has the threshold"
+    block, _, rest = name.rpartition('.act')
+    joins = block and isinstance(fast.get_submodule(block), JoinBlock) and rest == fast.get_submodule(block).last_act[3:]+'.alpha'
+    return f'{block}.join.alpha' if joins else name
+
+def optimizer_of(model, layers):
+    roles = parameter_roles(model)
+    decays = [[p for name, p in model.named_parameters() if (roles[name] == 'v') is decay] for decay in (True, False)]
+    return WNSGD([dict(params=decays[0], weight_decay=1e-3), dict(params=decays[1], weight_decay=1e-4)], layers, lr=1e-3, momentum=0.9)
+
+def train(model, fast, steps):
+    "Gradient lengths of a few steps with momentum, decay, clipping and dropout-free data of one seed"
+    optimizer, lengths = optimizer_of(model, normalised(model) if fast else ()), []
+    layout = torch.channels_last if next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1).is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    torch.manual_seed(1)
+    for _ in range(steps):
+        x, y = torch.randn(4, 3, 32, 32).double().contiguous(memory_format=layout), torch.randint(10, (4,))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        lengths.append(gradient_length(optimizer))
+        clip_gradient(optimizer, 1., lengths[-1])
+        optimizer.step()
+    return torch.stack(lengths)
+
+def relative(a, b): return ((a-b).abs().max()/b.abs().max().clamp(min=1e-30)).item()
+
+@pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
+@pytest.mark.parametrize('arch, steps', (('resnet18', 5), ('resnet26', 5), pytest.param('resnet18', 100, marks=pytest.mark.slow)))
+@pytest.mark.parametrize('norm', PLAIN)
+def test_trains_as_the_plain_form(norm, arch, steps, layout, monkeypatch):
+    plain, fast = pair(norm, arch, monkeypatch, layout)
+    x = torch.randn(2, 3, 32, 32).double().contiguous(memory_format=layout)
+    assert relative(fast(x), plain(x)) < 1e-9
+    assert relative(train(fast, True, steps), train(plain, False, steps)) < 1e-9
+    saved = fast.state_dict()
+    for name, value in plain.state_dict().items(): assert relative(saved[plain_name(name, fast)], value) < 1e-9, name
+    assert relative(fast.eval()(x), plain.eval()(x)) < 1e-9
+
+@pytest.mark.parametrize('norm', PLAIN)
+def test_gradients_of_the_images_and_of_all_parameters(norm, monkeypatch):
+    plain, fast = pair(norm, 'resnet26', monkeypatch, torch.channels_last)
+    x = torch.randn(2, 3, 32, 32).double()
+    found = {}
+    for name, model in dict(plain=plain, fast=fast).items():
+        images = x.clone().requires_grad_()
+        F.cross_entropy(model(images), torch.tensor([1, 2])).backward()
+        found[name] = {plain_name(n, fast) if model is plain else n: p.grad for n, p in model.named_parameters()} | dict(images=images.grad)
+    assert found['fast'].keys() == found['plain'].keys()
+    for name, grad in found['plain'].items(): assert relative(found['fast'][name], grad) < 1e-9, name
+
+def test_a_filter_of_length_0_trains(monkeypatch):
+    "Branches that start at zero have g = 0, which leaves a direction all the same"
+    plain, fast = (convert(timm.create_model('resnet18', num_classes=10), 'wn', zero_init=True).double() for _ in range(2))
+    fast.load_state_dict(plain.state_dict())
+    assert (fast.layer1[0].conv2.g == 0).all()
+    train(fast, True, 3), train(plain, False, 3)
+    assert (fast.layer1[0].conv2.g != 0).all()
+    for name, value in plain.state_dict().items(): assert relative(fast.state_dict()[name], value) < 1e-9, name
+
+def test_a_join_with_weights_refuses_a_convolution_that_cannot_take_them():
+    block = JoinBlock(timm.create_model('resnet18').layer1[0], WNJoin(64))
+    with pytest.raises(TypeError): block(torch.randn(1, 64, 8, 8))
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize('norm', PLAIN)
+def test_compiled_kernels_compute_the_same(norm, dtype, monkeypatch):
+    monkeypatch.setattr(Kernel, 'wanted', False)
+    torch.manual_seed(0)
+    model = convert(timm.create_model('resnet26', num_classes=10), norm).to(memory_format=torch.channels_last)
+    nets = model, copy.deepcopy(model)
+    x, y, ends = torch.randn(8, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.randint(10, (8,)), []
+    for net, compiled in zip(nets, (False, True), strict=True):
+        monkeypatch.setattr(Kernel, 'wanted', compiled)
+        optimizer = WNSGD(net.parameters(), normalised(net), dtype, lr=1e-3, momentum=0.9)
+        for _ in range(3):
+            optimizer.zero_grad()
+            with warnings.catch_warnings(), torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16):
+                warnings.simplefilter('error', UserWarning)  # a kernel that does not compile warns
+                loss = F.cross_entropy(net(x), y)
+                loss.backward()
+            length = gradient_length(optimizer)
+            optimizer.step()
+        ends.append((loss.item(), length.item(), net.conv1.v))
+    limit = 1e-4 if dtype == torch.float32 else 0.05
+    assert ends[0][:2] == pytest.approx(ends[1][:2], rel=limit) and relative(ends[1][2], ends[0][2]) < limit
+
+def test_a_kernel_runs_uncompiled_where_compiling_fails(monkeypatch):
+    def fail(f, **kwargs):
+        def g(*args): raise RuntimeError('no compiler here')
+        return g
+    monkeypatch.setattr(torch, 'compile', fail)
+    monkeypatch.setattr(Kernel, 'wanted', True)
+    doubled = Kernel(lambda x: 2*x)
+    with pytest.warns(UserWarning, match='run uncompiled.*no compiler here'): assert doubled(torch.ones(2)).tolist() == [2, 2]
+    assert not Kernel.wanted
+
+def test_joins_take_over_the_memory_of_the_residual():
+    for join in (NPJoin(), WNJoin(4, inplace=True)):
+        residual = 1*torch.randn(2, 4, 3, 3, requires_grad=True)
+        assert join(residual, torch.randn(2, 4, 3, 3)).data_ptr() == residual.data_ptr()
