@@ -120,13 +120,13 @@ def trelu_join_backward(dx, dz, g, y, alpha, shortcut, b):
     dz.copy_(new*b)
     return channel_sum(torch.where(y > alpha, 0, g)), channel_sum(new*shortcut)
 
-# %% ../nbs/00_passes.ipynb #459ee54c
+# %% ../nbs/00_passes.ipynb #de21e96e
 def on_channels(
     p:torch.Tensor,     # one number per channel, `[C]`
     x:torch.Tensor,     # `[N, C]` or `[N, C, H, W]`
 )->torch.Tensor:        # `[C]` or `[C, 1, 1]`, in the type of `x`
     "A parameter that fits the channels of a map"
-    return p.to(x.dtype).view(-1, *[1]*(x.ndim-2))
+    return p.data.to(x.dtype).view(-1, *[1]*(x.ndim-2))
 
 def like(
     g:torch.Tensor,  # any map
@@ -142,15 +142,15 @@ def writable(
     "Memory that a kernel may write to"
     return x if inplace else x.clone()
 
-# %% ../nbs/00_passes.ipynb #8a9e16ad
+# %% ../nbs/00_passes.ipynb #fa1442f4
 class TranslatedReLU(Function):
     "max(x, alpha), max(x + shortcut, alpha) or max(x + b*shortcut, alpha), written into `x`"
     @staticmethod
     def forward(ctx, x, alpha, shortcut, b):
         ctx.joins, threshold = shortcut is not None, on_channels(alpha, x)
-        if b is not None: trelu_join_forward(x, threshold, shortcut, on_channels(b, x))
-        elif ctx.joins: trelu_sum_forward(x, threshold, shortcut)
-        else: trelu_forward(x, threshold)
+        if b is not None: trelu_join_forward(x.data, threshold, shortcut.data, on_channels(b, x))
+        elif ctx.joins: trelu_sum_forward(x.data, threshold, shortcut.data)
+        else: trelu_forward(x.data, threshold)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, alpha, shortcut if b is not None else None, b)
         return x
@@ -158,10 +158,10 @@ class TranslatedReLU(Function):
     @once_differentiable
     def backward(ctx, g):
         y, alpha, shortcut, b = ctx.saved_tensors
-        dx, g, threshold = torch.empty_like(y), like(g, y), on_channels(alpha, y)
+        dx, g, y, threshold = torch.empty_like(y), like(g, y), y.data, on_channels(alpha, y)
         if b is None: return dx, trelu_backward(dx, g, y, threshold).to(alpha.dtype), dx if ctx.joins else None, None
         dz = torch.empty_like(y)
-        dalpha, db = trelu_join_backward(dx, dz, g, y, threshold, shortcut, on_channels(b, y))
+        dalpha, db = trelu_join_backward(dx, dz, g, y, threshold, shortcut.data, on_channels(b, y))
         return dx, dalpha.to(alpha.dtype), dz, db.to(b.dtype)
 
 # %% ../nbs/00_passes.ipynb #993708d4

@@ -259,7 +259,7 @@ def plain_layer(
                           layer.groups, padding_mode=layer.padding_mode)
     weight = layer.w if hasattr(layer, 'w') else layer.weight
     new = new.to(weight).train(layer.training)
-    new.weight.copy_(weight)
+    new.weight = nn.Parameter(weight.clone())  # keeps its memory format
     bias = layer.b if hasattr(layer, 'b') else layer.bias
     new.bias.zero_() if bias is None else new.bias.copy_(bias)
     return new

@@ -32,6 +32,12 @@ def test_fold_keeps_the_logits(arch, norm, dtype):
     assert not [m for m in folded.modules() if isinstance(m, (nn.BatchNorm2d, WNConv2d))]
     assert all(m.bias is not None for m in folded.modules() if isinstance(m, nn.Conv2d))
 
+@pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
+@pytest.mark.parametrize('norm', SCHEMES)
+def test_fold_keeps_the_memory_format(norm, layout):
+    folded = fold(network('resnet18', norm).to(memory_format=layout))
+    assert all(m.weight.is_contiguous(memory_format=layout) for m in folded.modules() if isinstance(m, nn.Conv2d))
+
 @torch.no_grad()
 @pytest.mark.parametrize('dtype', LIMITS, ids=str)
 @pytest.mark.parametrize('norm', ('bn', 'none', 'wn'))
