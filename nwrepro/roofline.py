@@ -47,7 +47,7 @@ def kinds(
         found.pop(f'{own}.act{end}', None)
     return found
 
-# %% ../nbs/06_roofline.ipynb #35901908
+# %% ../nbs/06_roofline.ipynb #0ffec2f5
 @torch.no_grad()
 def survey(
     model:nn.Module,    # timm ResNet of any scheme; left as it is
@@ -63,7 +63,7 @@ def survey(
         for hook in hooks: hook.remove()
     return pandas.DataFrame(rows, columns=Part._fields)
 
-# %% ../nbs/06_roofline.ipynb #f856dd24
+# %% ../nbs/06_roofline.ipynb #5bc830b3
 def flops(
     parts:pandas.DataFrame,  # as `survey` makes it
     batch_size:int,          # images
@@ -72,7 +72,7 @@ def flops(
     total, first = int(parts.macs.sum()), int(parts.macs.iloc[0])
     return dict(forward=2*batch_size*total, backward=2*batch_size*(2*total-first))
 
-# %% ../nbs/06_roofline.ipynb #37abf803
+# %% ../nbs/06_roofline.ipynb #657494ed
 _STEP = dict(act=(1, 1, 2, 1), join=(3, 2, 2, 1), join_down=(3, 2, 2, 1), optimizer=(4, 2))
 _ONE = _STEP | dict(join=(2, 1, 2, 1), join_down=(2, 1, 2, 1), optimizer=(6, 2))
 PASSES = dict(
@@ -86,7 +86,7 @@ PASSES = dict(
 BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added inside it on a CPU, after it by cuDNN
 WIDTH = dict(fp32=4, bf16=2, fp64=8)              # bytes per element of a map; weights have four, in fp64 eight
 
-# %% ../nbs/06_roofline.ipynb #89a2235d
+# %% ../nbs/06_roofline.ipynb #088a28fe
 Work = namedtuple('Work', 'part slot layer read write elements width flops')  # bytes read, bytes written, elements of one tensor and bytes of each, flops
 
 def passes(
@@ -100,7 +100,7 @@ def passes(
     parts = zip(('forward', 'backward'), (counts[:2], counts[2:]), strict=True)
     return [Work(part, slot, row.layer, r*elements*width, w*elements*width, elements, width, 0) for part, (r, w) in parts if r+w]
 
-# %% ../nbs/06_roofline.ipynb #64183f49
+# %% ../nbs/06_roofline.ipynb #8e057a6a
 def conv_work(
     row:Part,           # convolution or linear layer
     batch_size:int,     # images
@@ -115,7 +115,7 @@ def conv_work(
     if precision != 'bf16': return work
     return work + [Work('forward', 'casts', row.layer, mine*row.weights, w, row.weights, mine, 0), Work('backward', 'casts', row.layer, w, mine*row.weights, row.weights, mine, 0)]
 
-# %% ../nbs/06_roofline.ipynb #a5bb496a
+# %% ../nbs/06_roofline.ipynb #b2ec1178
 def part_work(
     row:Part,           # any part
     norm:str,           # key of `PASSES`
@@ -139,7 +139,7 @@ def part_work(
     if 'weights' in does: work += passes(row, 'weights', does['weights'], row.weights, mine)
     return work + [w._replace(part='optimizer') for w in passes(row, 'optimizer', (*does['optimizer'], 0, 0), row.weights, mine)]
 
-# %% ../nbs/06_roofline.ipynb #71ab2614
+# %% ../nbs/06_roofline.ipynb #6a5a90d2
 def step_work(
     parts:pandas.DataFrame,  # as `survey` makes it
     norm:str,                # scheme in `PASSES`
@@ -152,7 +152,7 @@ def step_work(
     rows = [Part(*row) for row in parts.itertuples(index=False)]
     return pandas.DataFrame([work for k, row in enumerate(rows) for work in part_work(row, norm, batch_size, precision, device, k == 0)], columns=Work._fields)
 
-# %% ../nbs/06_roofline.ipynb #895db9dc
+# %% ../nbs/06_roofline.ipynb #5067c87b
 def kept_bytes(
     model:nn.Module,    # its parameters and buffers are not counted
     forward,            # function without arguments that runs `model`
@@ -165,12 +165,12 @@ def kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t): forward()
     return sum(storage.nbytes() for place, storage in held.items() if place not in own)
 
-# %% ../nbs/06_roofline.ipynb #a548c4c8
+# %% ../nbs/06_roofline.ipynb #eba674a7
 def seconds_of(
     f,                  # function without arguments
     device:str,         # cpu or cuda
-    rounds:int=5,       # timed calls, after one that is not
-)->float:               # median
+    rounds:int=9,       # timed calls, after one that is not
+)->float:               # of the fastest: what else a machine does only adds
     "Time of one call"
     wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
     taken = []
@@ -180,9 +180,9 @@ def seconds_of(
         f()
         wait()
         taken.append(time.perf_counter()-begin)
-    return float(numpy.median(taken[1:]))
+    return min(taken[1:])
 
-# %% ../nbs/06_roofline.ipynb #58890ded
+# %% ../nbs/06_roofline.ipynb #90f6bf19
 SIZES = (0.5, 2, 8, 32)     # MB of one tensor
 
 def bandwidth(
@@ -200,7 +200,7 @@ def bandwidth(
         found[mb] = 3*mb*1e6*(len(tensors)//2)/seconds_of(go_round, device)
     return found
 
-# %% ../nbs/06_roofline.ipynb #c9adbf1d
+# %% ../nbs/06_roofline.ipynb #e0e1a78d
 def conv_rate(
     dtype:torch.dtype,  # of maps and weights
     device:str,         # cpu or cuda
@@ -217,7 +217,7 @@ def conv_rate(
         torch.autograd.grad(y, (x, w), y.detach())
     return 6*batch_size*side**2*channels**2*9/seconds_of(both_ways, device)
 
-# %% ../nbs/06_roofline.ipynb #22c2d803
+# %% ../nbs/06_roofline.ipynb #aeff0436
 def norm_rates(
     dtype:torch.dtype,  # of the map
     batch_size:int=32,  # images
@@ -229,10 +229,9 @@ def norm_rates(
     one, zero = torch.ones(channels), torch.zeros(channels)
     def forward(): torch.ops.aten.native_batch_norm(x, one, zero, zero.clone(), one.clone(), True, 0.1, 1e-5)
     def backward(): torch.ops.aten.native_batch_norm_backward(x, x, one, zero, one, zero, one, True, 1e-5, [True]*3)
-    rates = [20*x.numel()/seconds_of(lambda: [f() for _ in range(20)], 'cpu') for f in (forward, backward)]
-    return tuple(rates)
+    return tuple(x.numel()/seconds_of(f, 'cpu', 50) for f in (forward, backward))
 
-# %% ../nbs/06_roofline.ipynb #10a68fe6
+# %% ../nbs/06_roofline.ipynb #968b9134
 Machine = namedtuple('Machine', 'name device bandwidth flops norm', defaults=((float('inf'), float('inf')),))  # `bandwidth`: MB -> bytes/s
 
 def measure(
@@ -244,7 +243,7 @@ def measure(
     norm = norm_rates(dtype) if device == 'cpu' else (float('inf'), float('inf'))
     return Machine('here', device, bandwidth(dtype, device), conv_rate(dtype, device), norm)
 
-# %% ../nbs/06_roofline.ipynb #9510103e
+# %% ../nbs/06_roofline.ipynb #3f06a797
 def work_seconds(
     work:pandas.DataFrame,  # as `step_work` makes it
     machine:Machine,        # rates
@@ -260,7 +259,7 @@ def work_seconds(
     by_elements = numpy.where(is_norm, counts/numpy.where(forward, *machine.norm), 0)
     return numpy.maximum.reduce([by_bytes, work.flops.to_numpy(float)/machine.flops, by_elements])
 
-# %% ../nbs/06_roofline.ipynb #7f9fc5f5
+# %% ../nbs/06_roofline.ipynb #7c2b8596
 def predict(
     parts:pandas.DataFrame,  # as `survey` makes it
     norms,                   # schemes in `PASSES`
@@ -274,7 +273,7 @@ def predict(
     none = step('none')
     return {norm: float(1+(step(norm)-none)/(none_seconds or none)) for norm in norms}
 
-# %% ../nbs/06_roofline.ipynb #dfee1a5f
+# %% ../nbs/06_roofline.ipynb #e1b9e459
 SHEETS = pandas.DataFrame([  # GB/s, TFLOP/s fp32 and bf16 dense: data sheets, from memory, unverified; fp32 on tensor cores (TF32) where there are any
     ('P100', 732, 10.6, None), ('A100 80 GB', 2039, 156, 312), ('H100 SXM', 3350, 494, 989), ('H200', 4800, 494, 989),
 ], columns=['gpu', 'bandwidth', 'fp32', 'bf16']).set_index('gpu')
@@ -288,7 +287,7 @@ def gpu(
     row = SHEETS.loc[name]
     return None if pandas.isna(row[precision]) else Machine(name, 'cuda', {1.: row.bandwidth*1e9}, reached*row[precision]*1e12)
 
-# %% ../nbs/06_roofline.ipynb #f1529afb
+# %% ../nbs/06_roofline.ipynb #4f207455
 def on_gpus(
     parts:pandas.DataFrame,  # as `survey` makes it
     batch_size:int=256,      # images
