@@ -75,12 +75,13 @@ def flops(
 # %% ../nbs/06_roofline.ipynb #657494ed
 _STEP = dict(act=(1, 1, 2, 1), join=(3, 2, 2, 1), join_down=(3, 2, 2, 1), optimizer=(4, 2))
 _ONE = _STEP | dict(join=(2, 1, 2, 1), join_down=(2, 1, 2, 1), optimizer=(6, 2))
+_READY = dict(ready=True, optimizer=(6, 3))  # the optimizer leaves the weight ready for the convolution
 PASSES = dict(
     none=_STEP | dict(bias=True),
     bn=_STEP | dict(norm=dict(cpu=(3, 1, 4, 1), cuda=(2, 1, 4, 1))),
-    wn=_STEP | dict(bias=True, optimizer=(6, 2)),
-    np=_ONE | dict(bias=True),
-    trelu=_ONE | dict(join=(2, 1, 3, 2), gain=(1, 1, 3, 1)),
+    wn=_STEP | _READY | dict(bias=True),
+    np=_STEP | _READY | dict(bias=True, join=(3, 2, 3, 2)),
+    trelu=_ONE | _READY | dict(join=(2, 1, 3, 2), gain=(1, 1, 3, 1)),
     torch_wn=_STEP | dict(bias=True, weights=(3, 1, 3, 1)),
 )
 BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added inside it on a CPU, after it by cuDNN
@@ -131,13 +132,14 @@ def part_work(
         fork = [] if row.kind == 'act' else passes(row, 'fork', (0, 0, 2, 1), batch_size*row.inputs, s)
         return passes(row, row.kind.removesuffix('_down'), does[row.kind], n, s) + fork
     if row.kind == 'pool': return passes(row, 'pool', (1, 0, 0, 1), batch_size*row.inputs, s) + passes(row, 'pool', (0, 1, 1, 0), n, s+8)  # and the places of the maxima, int64
-    work = conv_work(row, batch_size, precision, first)
+    work, half = conv_work(row, batch_size, precision, first), 'ready' in does and precision == 'bf16'
+    if half: work = [w for w in work if w.slot != 'casts']
     if row.kind != 'linear':
         if 'norm' in does: work += passes(row, 'norm', does['norm'][device], n, s)
         if 'bias' in does: work += passes(row, 'bias', BIAS[device], n, s)
-    if row.kind == 'last' and 'gain' in does: work += passes(row, 'gain', does['gain'], row.weights, mine)
+    if row.kind == 'last' and 'gain' in does: work += passes(row, 'gain', does['gain'], row.weights, s if half else mine)
     if 'weights' in does: work += passes(row, 'weights', does['weights'], row.weights, mine)
-    return work + [w._replace(part='optimizer') for w in passes(row, 'optimizer', (*does['optimizer'], 0, 0), row.weights, mine)]
+    return work + [w._replace(part='optimizer') for w in passes(row, 'optimizer', (*((5, 2.5) if half else does['optimizer']), 0, 0), row.weights, mine)]  # gradient and ready weight in half the bytes
 
 # %% ../nbs/06_roofline.ipynb #6a5a90d2
 def step_work(

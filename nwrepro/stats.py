@@ -120,7 +120,7 @@ def holm(
 SETTING = ('data', 'fingerprint', 'classes', 'train', 'train_images', 'holdout', 'arch', 'strides', 'image_size', 'recipe', 'epochs', 'max_steps',
            'batch_size', 'bn_batch', 'bn_eps', 'schedule', 'warmup_epochs', 'momentum', 'weight_decay', 'decay_on', 'dropout', 'grad_clip',
            'label_smoothing', 'zero_init', 'pipeline', 'precision', 'channels_last')
-FREE = ('norm', 'init', 'lr', 'seed')
+FREE = ('norm', 'init', 'lr', 'seed', 'compile')
 
 def complete(
     runs:pandas.DataFrame,      # as `load_runs` returns it, or any table of runs

@@ -65,11 +65,12 @@ def test_what_a_scheme_moves_besides_by_hand(stock):
     parts = survey(stock, 32)
     weights, joins = int(parts.weights.sum()), parts[parts.kind.str.startswith('join')].outputs.sum()
     identity = parts[parts.kind == 'join'].outputs.sum()
-    assert total(parts, 'none', 'optimizer') == 4*6*weights and total(parts, 'wn', 'optimizer') == 4*8*weights
-    assert total(parts, 'none', 'join') == 4*4*(5+3)*joins and total(parts, 'np', 'join') == 4*4*(3+3)*joins
+    assert total(parts, 'none', 'optimizer') == 4*6*weights and total(parts, 'wn', 'optimizer') == 4*9*weights
+    assert total(parts, 'none', 'join') == 4*4*(5+3)*joins and total(parts, 'np', 'join') == 4*4*((5+3)*joins+2*identity)
     assert total(parts, 'trelu', 'join') == 4*4*(6*joins+2*identity)
     assert total(parts, 'trelu', 'gain') == 4*6*parts[parts.kind == 'last'].weights.sum()
     assert total(parts, 'torch_wn', 'weights') == 4*8*weights
+    assert total(parts, 'wn', 'optimizer', precision='bf16') == 4*7.5*weights and total(parts, 'wn', 'casts', precision='bf16') == 0 < total(parts, 'none', 'casts', precision='bf16')
     assert total(parts, 'bn', 'bias') == total(parts, 'trelu', 'bias') == 0
 
 def test_maps_grow_with_the_batch_and_weights_do_not(stock):
@@ -134,7 +135,7 @@ def test_time_of_one_row(work, seconds):
 def test_a_prediction_is_extra_time_over_that_of_none(stock):
     parts, machine = survey(stock, 32), Machine('made up', 'cpu', {1.: 1e9}, INF)
     told = predict(parts, ['none', 'bn', 'wn'], 4, 'fp32', machine, none_seconds=2.)
-    assert told['none'] == 1 and told['wn'] == pytest.approx(1+2*4*parts.weights.sum()/1e9/2)
+    assert told['none'] == 1 and told['wn'] == pytest.approx(1+3*4*parts.weights.sum()/1e9/2)
     e = parts[parts.kind.isin(['conv', 'last'])].outputs.sum()
     assert told['bn'] == pytest.approx(1+(9-1)*4*4*e/1e9/2)
     alone = predict(parts, ['bn'], 4, 'fp32', machine)['bn']
