@@ -113,10 +113,9 @@ def start(
     checkpoint_minutes:float=math.inf,  # minutes between checkpoints
 )->SimpleNamespace:   # model, optimizer, schedule, rule, step, seconds, ... of a run
     "Put a run together on this machine's device"
-    accelerator = Accelerator()
+    accelerator, Kernel.wanted = Accelerator(), recipe.compile != 'off'  # before anything is computed, or the run before this one would decide
     sgd = make_optimizer(model.to(accelerator.device), recipe)
     model, optimizer = accelerator.prepare(model, sgd)
-    Kernel.wanted = recipe.compile != 'off'
     if recipe.compile == 'network': model.compile()
     return SimpleNamespace(model=model, optimizer=optimizer, sgd=sgd, schedule=make_schedule(optimizer, recipe, views.batches), accelerator=accelerator,
                            recipe=recipe, views=views, run=run, rule=Watch(model.num_classes), probe=first_images(views.train_eval, 32), workers=workers,

@@ -4,6 +4,8 @@ import nbformat, pytest, torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from nwrepro.data import load_source, loader
+from nwrepro.optimizer import write_weight
+from nwrepro.passes import Kernel
 from nwrepro.recipe import RULES, check_parameters, make_recipe, notebook_parameters
 from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
@@ -126,6 +128,24 @@ def test_a_step_is_plain_sgd(tmp_path):
     for p, trained in zip(model.parameters(), state.model.parameters(), strict=True):
         wanted = p - 0.1*(p.grad*min(1, 0.5/length) + 0.01*p)
         torch.testing.assert_close(trained, wanted, rtol=1e-4, atol=1e-6)
+
+def test_a_run_before_does_not_decide_how_this_one_computes(monkeypatch):
+    "The first weights are written as all others are, whatever another run of this process had compiled"
+    def compiled(*args): raise AssertionError('compiled')
+    monkeypatch.setattr(Kernel, 'wanted', True)
+    monkeypatch.setattr(write_weight, 'fast', compiled)
+    recipe = make_recipe(SMALL | dict(norm='wn', compile='off'), digits)
+    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
+    assert not Kernel.wanted and state.model.conv1.ready.isfinite().all()
+
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ('bn', 'np', 'trelu'))
+def test_a_network_compiled_as_a_whole_trains_alike(norm, tmp_path):
+    plain, _ = train(tmp_path/'plain', norm=norm, lr=0.01, max_steps=3, dropout=0)
+    whole, run = train(tmp_path/'whole', norm=norm, lr=0.01, max_steps=3, dropout=0, compile='network')
+    assert whole['status'] == 'finished' and whole['val_loss'] == pytest.approx(plain['val_loss'], rel=1e-3)
+    probed = run.metrics().query('event == "probe"')['outputs'].iloc[-1]
+    assert len(probed['layer']) > 20 and all(rms > 0 for rms in probed['rms'])
 
 def test_notebook_names_and_rules_are_the_same():
     cell, = [c for c in nbformat.read(ROOT/'nbs/train.ipynb', 4).cells if 'parameters' in c.metadata.get('tags', [])]
