@@ -193,8 +193,6 @@ def describe(
             f"{listed(runs['epochs'])} epochs, batch {listed(runs['batch_size'])}, {recipes}. Hardware: {', '.join(shelf.machines(runs['run']))}.")
 
 # %% ../nbs/08_figures.ipynb #f2aa962a
-PAPER = dict(bn=73., wn=67.)  # top-1, percent, ResNet-50 on ImageNet; known only from the project's source description [seed]
-
 def per_run(
     runs:pandas.DataFrame,  # tidy
     values:pandas.Series,   # a number per run, missing or not
@@ -208,6 +206,7 @@ def per_run(
         rows.append(dict(what='mean', scheme=norm, n=mean.n, value=mean.value, low=mean.low, high=mean.high, unit=unit))
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'n', 'value', 'low', 'high', 'unit'])
 
+# %% ../nbs/08_figures.ipynb #5e9a03c7
 def points(
     numbers:pandas.DataFrame,  # as `per_run` makes it
     ylabel:str,                # quantity and unit
@@ -229,6 +228,8 @@ def points(
     plt.close(fig)
     return fig
 
+# %% ../nbs/08_figures.ipynb #1d83fa62
+PAPER = dict(bn=73., wn=67.)  # top-1, percent, ResNet-50 on ImageNet; known only from the project's source description [seed]
 MARKS = 'Dots: runs; large markers: means; bars: 95 % t intervals over seeds, from n = 3.'
 
 def final_accuracy(
@@ -271,6 +272,7 @@ def by_epoch(
         rows += [dict(what=what, scheme=norm, epoch=epoch, n=n, mean=mean, low=low, high=high) for epoch, n, mean, low, high in means.itertuples()]
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'epoch', 'n', 'mean', 'low', 'high'])
 
+# %% ../nbs/08_figures.ipynb #e8c5137d
 def lines(
     numbers:pandas.DataFrame,  # as `by_epoch` makes it; a panel per `what`
 )->Figure:
@@ -286,6 +288,7 @@ def lines(
     plt.close(fig)
     return fig
 
+# %% ../nbs/08_figures.ipynb #6b29c8e4
 def training_curves(
     runs:pandas.DataFrame,  # that may be compared
     shelf:Shelf,            # where their records are

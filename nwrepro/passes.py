@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FLOOR', 'AT_JOIN', 'floor_in', 'Floor', 'NPFloor', 'NPJoin', 'scale_output', 'Kernel', 'channel_sum', 'trelu_forward',
            'trelu_sum_forward', 'trelu_join_forward', 'trelu_backward', 'trelu_join_backward', 'on_channels', 'like',
-           'writable', 'TranslatedReLU', 'OnePassTReLU', 'WNJoin']
+           'TranslatedReLU', 'OnePassTReLU', 'WNJoin']
 
 # %% ../nbs/00_passes.ipynb #381c7c90
 import math
@@ -135,13 +135,6 @@ def like(
     "A gradient in the memory format of what it belongs to; usually it is in it already"
     return g if g.stride() == y.stride() else torch.empty_like(y, dtype=g.dtype).copy_(g)
 
-def writable(
-    x:torch.Tensor,     # activations
-    inplace:bool,       # may their memory be taken over?
-)->torch.Tensor:        # `x`, or a copy of it
-    "Memory that a kernel may write to"
-    return x if inplace else x.clone()
-
 # %% ../nbs/00_passes.ipynb #fa1442f4
 class TranslatedReLU(Function):
     "max(x, alpha), max(x + shortcut, alpha) or max(x + b*shortcut, alpha), written into `x`"
@@ -166,36 +159,28 @@ class TranslatedReLU(Function):
 
 # %% ../nbs/00_passes.ipynb #993708d4
 class OnePassTReLU(TReLU):
-    "`TReLU` in one pass"
-    def __init__(self,
-        num_features:int,    # channels
-        inplace:bool=False,  # take over the memory of the input?
-    ):
-        super().__init__(num_features)
-        self.inplace = inplace
+    "`TReLU` in one pass and in place"
     def forward(self,
-        x:torch.Tensor,  # `[N, C]` or `[N, C, H, W]`
+        x:torch.Tensor,  # `[N, C]` or `[N, C, H, W]`; its memory is taken over
     )->torch.Tensor:     # same shape and dtype
-        if torch.compiler.is_compiling(): return super().forward(x)
-        return TranslatedReLU.apply(writable(x, self.inplace), self.alpha, None, None)
+        return super().forward(x) if torch.compiler.is_compiling() else TranslatedReLU.apply(x, self.alpha, None, None)
 
 # %% ../nbs/00_passes.ipynb #20fec743
 class WNJoin(TReLU):
-    "`WNAdd`, then `TReLU`, in one pass, for a residual that comes with its weight `a` on it"
+    "`WNAdd`, then `TReLU`, in one pass and in place, for a residual that comes with its weight `a` on it"
     activates = True  # no activation follows
     def __init__(self,
-        num_features:int,    # channels
-        inplace:bool=False,  # take over the memory of the residual?
+        num_features:int,  # channels
     ):
         super().__init__(num_features)
-        self.u, self.inplace = WNAdd(num_features).u, inplace
+        self.u = WNAdd(num_features).u
     def weights(self)->tuple[torch.Tensor,torch.Tensor]:  # `a` of the residual, `b` of the shortcut, `[C]` each
         return tuple(self.u/torch.linalg.vector_norm(self.u, dim=0))
     def forward(self,
-        residual:torch.Tensor,      # times `a`, `[N, C, H, W]`
+        residual:torch.Tensor,      # times `a`, `[N, C, H, W]`; its memory is taken over
         shortcut:torch.Tensor,      # `[N, C, H, W]`
         b:torch.Tensor|None=None,   # weight of the shortcut, `[C]`; None = it is on it already
     )->torch.Tensor:                # activations, `[N, C, H, W]`
         if torch.compiler.is_compiling():
             return super().forward(residual + (shortcut if b is None else b.to(shortcut.dtype)[:,None,None]*shortcut))
-        return TranslatedReLU.apply(writable(residual, self.inplace), self.alpha, shortcut, b)
+        return TranslatedReLU.apply(residual, self.alpha, shortcut, b)

@@ -286,6 +286,7 @@ def render(
     trusted = {k: Markup(v) for k, v in dict(css=CSS, script=SCRIPT).items()}
     return env.get_template('page').render(**values, **trusted, datatables={k: Markup(v) for k, v in datatables().items()})
 
+# %% ../nbs/09_report.ipynb #81c4e7fa
 def claim_part(
     verdict,       # `Verdict`
     picture,       # its `Picture`, or None
@@ -305,6 +306,7 @@ def claim_part(
                        caption=picture.caption, alt=f'schemes {schemes}; the numbers are in the table beneath', commands=COST if verdict.key in ('C10', 'C11') else commands(runs, place),
                        numbers=table(picture.numbers, f'Numbers of the figure of {verdict.key}'))
 
+# %% ../nbs/09_report.ipynb #4c18b7e5
 def write_page(
     verdicts:list,           # `Verdict`s of all claims
     pictures:dict,           # as `draw` makes them

@@ -74,14 +74,13 @@ def flops(
 
 # %% ../nbs/06_roofline.ipynb #657494ed
 _STEP = dict(act=(1, 1, 2, 1), join=(3, 2, 2, 1), join_down=(3, 2, 2, 1), optimizer=(4, 2))
-_ONE = _STEP | dict(join=(2, 1, 2, 1), join_down=(2, 1, 2, 1), optimizer=(6, 2))
 _READY = dict(ready=True, optimizer=(6, 3))  # the optimizer leaves the weight ready for the convolution
 PASSES = dict(
     none=_STEP | dict(bias=True),
     bn=_STEP | dict(norm=dict(cpu=(3, 1, 4, 1), cuda=(2, 1, 4, 1))),
     wn=_STEP | _READY | dict(bias=True),
     np=_STEP | _READY | dict(bias=True, join=(3, 2, 3, 2)),
-    trelu=_ONE | _READY | dict(join=(2, 1, 3, 2), gain=(1, 1, 3, 1)),
+    trelu=_STEP | _READY | dict(join=(2, 1, 3, 2), join_down=(2, 1, 2, 1), gain=(1, 1, 3, 1)),
     torch_wn=_STEP | dict(bias=True, weights=(3, 1, 3, 1)),
 )
 BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added inside it on a CPU, after it by cuDNN

@@ -88,8 +88,7 @@ SCHEMES = dict(
     wn=Scheme(conv=weight_normalize, norm=no_norm, head=weight_normalize, inits=_inits),
     np=Scheme(conv=weight_normalize, norm=no_norm, act=lambda channels: NPFloor(), join=lambda channels: NPJoin(),
               head=weight_normalize, inits=('np',)),
-    trelu=Scheme(conv=strict, norm=no_norm, act=lambda channels: OnePassTReLU(channels, inplace=True),
-                 join=lambda channels: WNJoin(channels, inplace=True), head=weight_normalize),
+    trelu=Scheme(conv=strict, norm=no_norm, act=OnePassTReLU, join=WNJoin, head=weight_normalize),
 )
 
 # %% ../nbs/02_surgery.ipynb #5d1c0a7e
@@ -112,12 +111,12 @@ class JoinBlock(nn.Module):
         for name, child in block.named_children(): self.add_module(name, child)
         self.last_conv, self.last_act = ('conv3', 'act3') if hasattr(block, 'conv3') else ('conv2', 'act2')
         self.branch = [name for name in self._modules if name not in (self.last_act, 'downsample')]
-        self.join, self.weighted, self.folded = join, hasattr(join, 'weights'), False
+        self.join, self.folded = join, False
         if getattr(join, 'activates', False): setattr(self, self.last_act, nn.Identity())
     def forward(self,
         x:torch.Tensor,  # `[N, in, H, W]`
     )->torch.Tensor:     # `[N, out, H', W']`
-        a, b = self.join.weights() if self.weighted else (None, None)
+        a, b = self.join.weights() if hasattr(self.join, 'weights') else (None, None)
         residual = shortcut = x
         kept = () if b is None or 'downsample' in self._modules else (b,)  # no convolution takes it
         if self.folded: a = b = None
@@ -178,8 +177,9 @@ def scale_outputs(
     for block in [m for m in model.modules() if isinstance(m, JoinBlock)]:
         scale_output(getattr(block, block.last_conv), AT_JOIN)
         for m in block._modules.get('downsample', ()):
-            if isinstance(m, WNConv2d): scale_output(m, AT_JOIN, shifts=False)
-            block.join.factor = 1.
+            if isinstance(m, WNConv2d):
+                scale_output(m, AT_JOIN, shifts=False)
+                block.join.factor = 1.
 
 # %% ../nbs/02_surgery.ipynb #a0ea0098
 def choose(
@@ -292,7 +292,7 @@ def fold(
             elif isinstance(child, nn.BatchNorm2d):
                 setattr(parent, conv, fuse_conv_bn_eval(getattr(parent, conv), child))
                 setattr(parent, name, nn.Identity())
-    for block in [m for m in model.modules() if isinstance(m, JoinBlock) and m.weighted]: fold_weights(block)
+    for block in [m for m in model.modules() if isinstance(m, JoinBlock) and hasattr(m.join, 'weights')]: fold_weights(block)
     left = sorted({type(m).__name__ for m in model.modules() if 'norm' in type(m).__name__.lower()})
     if left: raise ValueError(f"{', '.join(left)} depends on its input and can't be folded into a convolution: deploy this model as it is")
     return model

@@ -127,6 +127,6 @@ def test_a_kernel_runs_uncompiled_where_compiling_fails(monkeypatch):
     assert not Kernel.wanted
 
 def test_joins_take_over_the_memory_of_the_residual():
-    for join in (NPJoin(), WNJoin(4, inplace=True)):
+    for join in (NPJoin(), WNJoin(4)):
         residual = 1*torch.randn(2, 4, 3, 3, requires_grad=True)
         assert join(residual, torch.randn(2, 4, 3, 3)).data_ptr() == residual.data_ptr()
