@@ -5,7 +5,7 @@ import numpy, pandas, pytest, timm, torch
 from torch import nn
 
 from conftest import run_in
-from nwrepro.roofline import Machine, Part, conv_work, flops, gpu, kept_bytes, on_gpus, part_work, predict, step_work, survey, work_seconds
+from nwrepro.roofline import Ceiling, Machine, Part, conv_work, flops, gpu, kept_bytes, on_gpus, part_work, predict, step_work, survey, work_seconds
 from nwrepro.stats import CLAIMS, cost_records
 from nwrepro.surgery import SCHEMES, convert, period_strides
 
@@ -43,9 +43,9 @@ def test_survey_takes_its_hooks_off_when_the_pass_fails(stock):
 def test_work_of_one_convolution_by_hand():
     row = Part('c', 'conv', 3*64, 4*64, 4*27, 4, 4*64*27)
     forward, backward = conv_work(row, 2, 'fp32', False)
-    assert forward[3:] == (4*(2*192+108), 4*2*256, 512, 4, 2*2*6912)
-    assert backward[3:] == (4*(2*2*256+2*192+108), 4*(108+2*192), 512, 4, 4*2*6912)
-    assert conv_work(row, 2, 'fp32', True)[1][3:] == (4*(2*256+2*192), 4*108, 512, 4, 2*2*6912)
+    assert forward[3:] == (4*(2*192+108), 4*2*256, 512, 4, 2*2*6912, 4)
+    assert backward[3:] == (4*(2*2*256+2*192+108), 4*(108+2*192), 512, 4, 4*2*6912, 4)
+    assert conv_work(row, 2, 'fp32', True)[1][3:] == (4*(2*256+2*192), 4*108, 512, 4, 2*2*6912, 4)
     casts = [w for w in conv_work(row, 2, 'bf16', False) if w.slot == 'casts']
     assert [(w.part, w.read, w.write) for w in casts] == [('forward', 4*108, 2*108), ('backward', 2*108, 4*108)]
 
@@ -64,19 +64,19 @@ def total(parts, norm, slot, **setting):
 def test_what_a_scheme_moves_besides_by_hand(stock):
     parts = survey(stock, 32)
     weights, joins = int(parts.weights.sum()), parts[parts.kind.str.startswith('join')].outputs.sum()
-    identity = parts[parts.kind == 'join'].outputs.sum()
-    assert total(parts, 'none', 'optimizer') == 4*6*weights and total(parts, 'wn', 'optimizer') == 4*9*weights
+    identity, acts = (parts[parts.kind == kind].outputs.sum() for kind in ('join', 'act'))
+    assert total(parts, 'none', 'optimizer') == 4*6*weights and total(parts, 'wn', 'filters') == 4*9*weights
     assert total(parts, 'none', 'join') == 4*4*(5+3)*joins and total(parts, 'np', 'join') == 4*4*((5+3)*joins+2*identity)
-    assert total(parts, 'trelu', 'join') == 4*4*(6*joins+2*identity)
+    assert total(parts, 'trelu', 'translated') == 4*4*((5+3)*joins+2*identity+5*acts)
     assert total(parts, 'trelu', 'gain') == 4*6*parts[parts.kind == 'last'].weights.sum()
     assert total(parts, 'torch_wn', 'weights') == 4*8*weights
-    assert total(parts, 'wn', 'optimizer', precision='bf16') == 4*7.5*weights and total(parts, 'wn', 'casts', precision='bf16') == 0 < total(parts, 'none', 'casts', precision='bf16')
+    assert total(parts, 'wn', 'filters', precision='bf16') == 4*7.5*weights and total(parts, 'wn', 'casts', precision='bf16') == 0 < total(parts, 'none', 'casts', precision='bf16')
     assert total(parts, 'bn', 'bias') == total(parts, 'trelu', 'bias') == 0
 
 def test_maps_grow_with_the_batch_and_weights_do_not(stock):
     parts = survey(stock, 32)
-    for slot, norm in (('norm', 'bn'), ('act', 'np'), ('join', 'trelu'), ('fork', 'none')): assert total(parts, norm, slot, batch_size=8) == 2*total(parts, norm, slot)
-    for slot, norm in (('optimizer', 'wn'), ('weights', 'torch_wn'), ('gain', 'trelu')): assert total(parts, norm, slot, batch_size=8) == total(parts, norm, slot)
+    for slot, norm in (('norm', 'bn'), ('act', 'np'), ('translated', 'trelu'), ('fork', 'none')): assert total(parts, norm, slot, batch_size=8) == 2*total(parts, norm, slot)
+    for slot, norm in (('filters', 'wn'), ('weights', 'torch_wn'), ('gain', 'trelu')): assert total(parts, norm, slot, batch_size=8) == total(parts, norm, slot)
 
 def test_flops_are_those_of_the_convolutions(stock):
     parts = survey(stock, 32)
@@ -114,8 +114,8 @@ def test_batch_normalization_keeps_a_map_more_than_none(stock):
 
 # prediction
 
-def made(slot='act', part='forward', read=0, write=0, elements=250_000, width=4, flops=0):
-    return pandas.DataFrame([dict(part=part, slot=slot, layer='l', read=read, write=write, elements=elements, width=width, flops=flops)])
+def made(slot='act', part='forward', read=0, write=0, elements=250_000, width=4, flops=0, channels=64):
+    return pandas.DataFrame([dict(part=part, slot=slot, layer='l', read=read, write=write, elements=elements, width=width, flops=flops, channels=channels)])
 
 @pytest.mark.parametrize('work, seconds', [
     (made(read=2e6, write=1e6), 3e6/1e9),                               # 1 MB tensors at 1 GB/s
@@ -124,12 +124,14 @@ def made(slot='act', part='forward', read=0, write=0, elements=250_000, width=4,
     (made(read=1e6, elements=25), 1e6/1e9),                              # below the smallest size: its rate
     (made(read=1e6, elements=25_000_000), 1e6/2e9),                      # above the largest
     (made('convolution', read=1e6, flops=5e9), 5e9/1e10),                # flops last longer than bytes
-    (made('norm', read=1e6, elements=250_000), 250_000/1e7),             # arithmetic of batch normalization, forward
-    (made('norm', 'backward', read=1e6, elements=250_000), 250_000/2e7), # backward
-    (made('norm', read=1e9, elements=250_000), 1.),                      # its bytes last longer
+    (made('norm', read=1e6, elements=250_000), 250_000/1e7+1e-3),        # arithmetic of batch normalization, forward
+    (made('norm', 'backward', read=1e6, elements=250_000), 250_000/2e7+1e-3), # backward
+    (made('norm', read=1e9, elements=250_000), 1.+1e-3),                 # its bytes last longer
+    (made('norm', read=1e6, elements=250_000, channels=512), 250_000*(1/1e7+1/5e6)/2+1e-3),  # between 64 and 4096 channels, by the logarithm
+    (made('norm', read=1e6, elements=250_000, channels=9999), 250_000/5e6+1e-3),
 ])
 def test_time_of_one_row(work, seconds):
-    machine = Machine('made up', 'cpu', {1.: 1e9, 4.: 2e9}, 1e10, (1e7, 2e7))
+    machine = Machine('made up', 'cpu', {1.: 1e9, 4.: 2e9}, 1e10, dict(norm=Ceiling({64: (1e7, 2e7), 4096: (5e6, 2e7)}, 1e-3)))
     assert work_seconds(work, machine).tolist() == pytest.approx([seconds])
 
 def test_a_prediction_is_extra_time_over_that_of_none(stock):
