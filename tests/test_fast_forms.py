@@ -6,6 +6,7 @@ from torch import nn
 from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, weight_normalize
 from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, normalised
 from nwrepro.passes import Kernel, NPJoin, WNJoin
+from nwrepro.roofline import kept_bytes
 from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, no_norm, parameter_roles, strict
 
 PLAIN = dict(wn=SCHEMES['wn'], np=Scheme(conv=weight_normalize, norm=no_norm, act=lambda channels: NPReLU(), join=lambda channels: NPAdd(), head=weight_normalize, inits=('np',)),
@@ -129,3 +130,11 @@ def test_joins_take_over_the_memory_of_the_residual():
     for join in (NPJoin(), WNJoin(4)):
         residual = 1*torch.randn(2, 4, 3, 3, requires_grad=True)
         assert join(residual, torch.randn(2, 4, 3, 3)).data_ptr() == residual.data_ptr()
+
+@pytest.mark.parametrize('norm', PLAIN)
+def test_as_little_is_kept_as_without_normalization(norm):
+    x, nets = torch.randn(8, 3, 64, 64), {n: convert(timm.create_model('resnet50', num_classes=10), n) for n in ('none', norm)}
+    optimizer_of(nets[norm], normalised(nets[norm]))
+    gained = [m.v.nbytes for name, m in nets[norm].named_modules() if norm == 'trelu' and name.endswith(('.conv3', 'downsample.0'))]  # filters times the weight of a branch
+    kept = {n: kept_bytes(net, lambda: net(x)) for n, net in nets.items()}
+    assert kept[norm] <= 1.01*kept['none'] + sum(gained)
