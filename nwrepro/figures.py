@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'FIGURES', 'look', 'caption', 'curves', 'pictures',
-           'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe', 'per_run', 'points',
-           'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves', 'convergence',
+           'spread', 'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe', 'per_run',
+           'points', 'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves', 'convergence',
            'grid_numbers', 'grid', 'regularisers', 'survival_numbers', 'survival_curves', 'stability', 'depth_numbers',
            'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain', 'cost_numbers',
            'cost_panels', 'cost_per_step', 'picture_of', 'save']
@@ -69,22 +69,30 @@ def pictures(
 )->Figure:
     "A row of images as the network sees them, with their classes"
     shown = (x*torch.tensor(std)[:,None,None]+torch.tensor(mean)[:,None,None]).clamp(0, 1).permute(0, 2, 3, 1)
-    fig, axs = plt.subplots(1, len(names), figsize=(len(names)*1.1, 1.4), layout='constrained')
+    fig, axs = plt.subplots(1, len(names), figsize=(len(names)*0.9, 1.2), layout='constrained')
     for ax, image, name in zip(axs, shown, names, strict=True):
-        ax.imshow(image)
+        ax.imshow(image, interpolation='nearest')
         ax.set_axis_off()
-        ax.set_title(name[:12], fontsize=8)
+        ax.set_title(name[:11], fontsize=7)
     plt.close(fig)
     return fig
 
 # %% ../nbs/08_figures.ipynb #163d65ba
+def spread(
+    n:int,      # things in order
+    most:int,   # at least 2
+)->list[int]:   # places of at most so many, first and last among them
+    "Pick evenly"
+    return sorted({round(k*(n-1)/(most-1)) for k in range(most)}) if n > most else list(range(n))
+
 def depth(
     run:Record,  # a run on disk
 )->Figure:
-    "RMS and vector length of each residual block's output, one line per probe"
+    "RMS and vector length of each residual block's output, one line for each of at most ten probes"
     metrics = run.metrics()
     fig, axs = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     probes = metrics[metrics['event'] == 'probe']
+    probes = probes.iloc[spread(len(probes), 10)]
     shades = plt.cm.viridis_r([0.1+0.9*k/max(1, len(probes)-1) for k in range(len(probes))])
     for shade, epoch, outputs in zip(shades, probes['epoch'], probes['outputs'], strict=True):
         blocks = [i for i, layer in enumerate(outputs['layer']) if layer.count('.') == 1 and layer.startswith('layer')]
@@ -95,7 +103,7 @@ def depth(
         for k in range(1, len(stages)):
             if stages[k] != stages[k-1]: ax.axvline(k+0.5, color='0.8', ls=':', zorder=0)
         ax.set(xlabel='residual block', ylabel=label)
-    if len(probes) <= 12: axs[1].legend(fontsize=7, ncols=2)
+    axs[1].legend(fontsize=7, ncols=2)
     fig.suptitle(caption(run.config), fontsize=9)
     plt.close(fig)
     return fig
@@ -395,8 +403,7 @@ def depth_numbers(
     parts = []
     for norm, part in runs.groupby('norm', sort=False):
         probes = next((p for name in part['run'][:5] if len(p := shelf.events(name, 'probe').reindex(columns=['epoch', 'outputs']).dropna())), [])
-        shown = sorted({round(k*(len(probes)-1)/(most-1)) for k in range(most)}) if len(probes) else []
-        for epoch, outputs in probes.iloc[shown].itertuples(index=False) if shown else []:
+        for epoch, outputs in probes.iloc[spread(len(probes), most)].itertuples(index=False) if len(probes) else []:
             blocks = pandas.DataFrame(outputs)
             blocks = blocks[blocks['layer'].str.fullmatch(r'layer\d+\.\d+')]
             parts.append(pandas.DataFrame(dict(scheme=norm, epoch=epoch, block=range(1, len(blocks)+1), layer=blocks['layer'].values, rms=blocks['rms'].values, l2=blocks['l2'].values)))

@@ -41,12 +41,13 @@ RULES = dict(
     compile=Rule(str, 'what a compiler makes faster: kernels (activations and optimizer of WN schemes), network (all of it) or off; none = table of the data, else kernels', lambda v: v in ('off', 'kernels', 'network')),
     seed=Rule(int, 'seed of weights, data order, augmentation and dropout, a whole number of at least 0', lambda v: v >= 0),
     workers=Rule(int, 'processes that load images, a whole number of at least 0 (0 = this one)', lambda v: v >= 0),
+    eval_every=Rule(int, 'epochs between evaluations, after as many that are all evaluated; a whole number of at least 1', lambda v: v >= 1),
     checkpoint_steps=Rule(int, 'steps between checkpoints, a whole number of at least 1; none = by minutes only', lambda v: v >= 1),
     checkpoint_minutes=Rule(float, 'minutes between checkpoints, a number above 0', lambda v: v > 0),
     fresh=Rule(bool, 'True = start over (an old run of the same name is moved aside), False = resume'),
     accept_changes=Rule(bool, 'True = go on although code, libraries or images changed since the run began (which is recorded), False = stop'),
 )
-DEFAULTS = dict(norm='bn', data='auto', holdout=0., arch='resnet50', recipe='paper', dropout=0., seed=0, workers=0,
+DEFAULTS = dict(norm='bn', data='auto', holdout=0., arch='resnet50', recipe='paper', dropout=0., seed=0, workers=0, eval_every=1,
                 checkpoint_minutes=5., fresh=False, accept_changes=False)
 
 # %% ../nbs/06_recipe.ipynb #2c56bd9b

@@ -228,7 +228,7 @@ class Log(Record):
         epoch:float,        # passes over the training images
         **values            # numbers, strings, or lists of them
     )->None:
-        line = to_json(dict(event=event, step=step, epoch=epoch, **values))+'\n'
+        line = to_json(dict(event=event, step=step, epoch=epoch, **values), separators=(',', ':'))+'\n'
         path = self.path/'metrics.jsonl'
         try:
             with path.open('a', encoding='utf-8') as f: f.write(line)
@@ -239,7 +239,7 @@ class Log(Record):
     )->None:
         def stays(event, at): return event == 'resume' or at < step or at == step and event not in redo
         kept = [line for line in read_metrics(self.path/'metrics.jsonl') if stays(line['event'], line['step'])]
-        write_atomic(self.path/'metrics.jsonl', ''.join(to_json(line)+'\n' for line in kept))
+        write_atomic(self.path/'metrics.jsonl', ''.join(to_json(line, separators=(',', ':'))+'\n' for line in kept))
 
 # %% ../nbs/05_runs.ipynb #0e05bfec
 def move_aside(
@@ -270,7 +270,7 @@ class Run(Log):
         (self.path/'summary.json').unlink(missing_ok=True)
         self.cut(math.inf)
     def predictions(self,
-        rows,                   # (image, label, prediction) per test image
+        rows,                   # (image, label, prediction) per test image; `image` is its place among the images of the source, or a name
     )->None:
         csv.writer(text := io.StringIO(newline=''), lineterminator='\n').writerows([('image', 'label', 'prediction'), *rows])
         write_atomic(self.path/'predictions.csv', text.getvalue())

@@ -90,8 +90,10 @@ def answers(
     name:str,           # of a finished run
     folder=None,        # of runs; None = `reports/runs` of the project
 )->pandas.Series:       # image -> was it right?
-    "What a run's `predictions.csv` says"
-    table = pandas.read_csv(Record(name, folder).path/'predictions.csv', index_col='image')
+    "What a run's `predictions.csv` says; images bear the fingerprint of their source, so that those of two sources never pass for the same"
+    run = Record(name, folder)
+    table = pandas.read_csv(run.path/'predictions.csv', index_col='image')
+    table.index = table.index.map(lambda image: f"{run.config.get('source', {}).get('fingerprint', name)} {image}")
     return table.label == table.prediction
 
 # %% ../nbs/07_stats.ipynb #add58636

@@ -24,7 +24,7 @@ from .recipe import DEFAULTS, RULES, TUNED_BY, Recipe, Rule, check_parameters, m
 from .runs import Record, load_runs, machine, read_metrics, run_name, write_atomic
 from .surgery import choose
 from .survival import hold, release
-from .training import make_views
+from .training import evaluated, make_views
 
 # %% ../nbs/06_sweeps.ipynb #2ff015e6
 OWN = dict(
@@ -113,9 +113,11 @@ ALIKE = ('data', 'arch', 'image_size', 'batch_size')
 def evaluations(
     steps:int,      # optimizer steps
     batches:int,    # steps per epoch
+    every:int=1,    # epochs between evaluations
 )->int:
-    "How often a run is evaluated: before the first step, after each epoch and at the end"
-    return 1+math.ceil(steps/batches)
+    "How often a run is evaluated: before the first step, after epochs and at the end"
+    epochs = math.ceil(steps/batches)
+    return 1+len({epochs} | {epoch for epoch in range(1, epochs) if evaluated(epoch, every)})
 
 # %% ../nbs/06_sweeps.ipynb #a7ee8332
 def paces(
@@ -123,10 +125,11 @@ def paces(
 )->pandas.DataFrame:        # index `ALIKE`; `step` and `evaluation` in seconds, medians
     "What finished runs say about time"
     needed = [*ALIKE, 'img_per_s', 'wall_s', 'steps', 'holdout', 'source']
-    done = runs[runs['status'] == 'finished'].reindex(columns=[*needed, 'train_images']).dropna(subset=needed)
+    done = runs[runs['status'] == 'finished'].reindex(columns=[*needed, 'train_images', 'given']).dropna(subset=needed)
     def pace(run):
         images = (run['source']['train'] if pandas.isna(run['train_images']) else run['train_images'])*(1-run['holdout'])
-        step, times = run['batch_size']/run['img_per_s'], evaluations(run['steps'], images//run['batch_size'])
+        every = run['given'].get('eval_every', 1) if isinstance(run['given'], dict) else 1
+        step, times = run['batch_size']/run['img_per_s'], evaluations(run['steps'], images//run['batch_size'], every)
         return {name: run[name] for name in ALIKE} | dict(step=step, evaluation=max(0, run['wall_s']-step*run['steps'])/times)
     return pandas.DataFrame([pace(run) for run in done.to_dict('records')], columns=[*ALIKE, 'step', 'evaluation']).groupby(list(ALIKE)).median()
 
@@ -139,8 +142,8 @@ def seconds_left(
     key = tuple(getattr(point.recipe, name) for name in ALIKE)
     if over(point): return 0.
     if key not in known.index: return math.nan
-    left = max(0, point.steps-steps_done(point))
-    return float(left*known.loc[key, 'step']+evaluations(left, point.batches)*known.loc[key, 'evaluation'])
+    left, every = max(0, point.steps-steps_done(point)), parse_value('eval_every', point.given.get('eval_every', 1))
+    return float(left*known.loc[key, 'step']+evaluations(left, point.batches, every)*known.loc[key, 'evaluation'])
 
 # %% ../nbs/06_sweeps.ipynb #fb6504d5
 def together(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Split', 'EXITS', 'make_views', 'first_images', 'make_model', 'make_optimizer', 'make_schedule', 'start', 'logits_of',
            'seed_step', 'train_step', 'evaluate', 'probe', 'checkpoint', 'resume', 'due', 'at_most_every', 'log_train',
-           'log_eval', 'steps_of_epoch', 'to_the_end', 'finish', 'diverged', 'command', 'stop', 'fit', 'about',
-           'changed', 'begin_run', 'train', 'parser', 'main']
+           'log_eval', 'recorded', 'steps_of_epoch', 'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop',
+           'fit', 'about', 'changed', 'begin_run', 'train', 'parser', 'main']
 
 # %% ../nbs/06_training.ipynb #c3b2d7f3
 import argparse
@@ -30,7 +30,7 @@ from torch import nn
 from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines
 from .optimizer import WNSGD, clip_gradient, gradient_length, normalised
 from .passes import Kernel
-from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, weight_lengths
+from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, rounded, weight_lengths
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
 from .runs import Run, provenance, read_metrics, run_name, write_atomic
 from .surgery import convert, parameter_roles
@@ -109,6 +109,7 @@ def start(
     views:Split,      # images
     run:Run,          # record
     workers:int=0,    # processes that load images
+    eval_every:int=1, # epochs between evaluations
     checkpoint_steps:int|None=None,     # steps between checkpoints; None = by minutes only
     checkpoint_minutes:float=math.inf,  # minutes between checkpoints
 )->SimpleNamespace:   # model, optimizer, schedule, rule, step, seconds, ... of a run
@@ -118,7 +119,7 @@ def start(
     model, optimizer = accelerator.prepare(model, sgd)
     if recipe.compile == 'network': model.compile()
     return SimpleNamespace(model=model, optimizer=optimizer, sgd=sgd, schedule=make_schedule(optimizer, recipe, views.batches), accelerator=accelerator,
-                           recipe=recipe, views=views, run=run, rule=Watch(model.num_classes), probe=first_images(views.train_eval, 32), workers=workers,
+                           recipe=recipe, views=views, run=run, rule=Watch(model.num_classes), probe=first_images(views.train_eval, 32), workers=workers, eval_every=eval_every,
                            step=0, seconds=dict(train=0., wall=0.), sums=torch.zeros(3, dtype=torch.float64), asked=Requests(),
                            checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes, clock=time.perf_counter(), saved_at=time.monotonic())
 
@@ -188,7 +189,7 @@ def probe(
     "What the fixed probe images and the weights say about every layer"
     x, lengths = state.probe.to(state.accelerator.device), weight_lengths(state.model)
     if state.recipe.precision == 'fp64': x = x.double()
-    angular = [state.optimizer.param_groups[0]['lr']/v**2 if v else None for v in lengths['v']]
+    angular = [rounded(state.optimizer.param_groups[0]['lr']/v**2) if v else None for v in lengths['v']]
     with torch.compiler.set_stance('force_eager'): outputs = layer_outputs(state.model, x)  # a compiled network runs past hooks
     return dict(outputs=outputs, lengths=lengths, coherence=filter_coherence(state.model), angular_lr=angular)
 
@@ -250,7 +251,7 @@ def log_train(
     loss, right, n = (state.sums/state.sums[2]).tolist()[:2] + [state.sums[2].item()]
     state.sums.zero_()
     lr, epoch = state.optimizer.param_groups[0]['lr'], state.step/state.views.batches
-    state.run.log('train', state.step, epoch, loss=loss, top1=100*right, lr=lr, grad_length=state.rule.history[-1], images=n)
+    state.run.log('train', state.step, epoch, **{name: rounded(value) for name, value in dict(loss=loss, top1=100*right, lr=lr, grad_length=state.rule.history[-1]).items()}, images=n)
     show(f'step {state.step} (epoch {epoch:.2f} of {state.recipe.epochs})  loss {loss:.3f}  top1 {100*right:.1f} %  lr {lr:.4g}  '
          f'{state.step*state.recipe.batch_size/max(state.seconds["train"], 1e-9):.0f} images/s')
 
@@ -270,6 +271,15 @@ def log_eval(
     return result, rows
 
 # %% ../nbs/06_training.ipynb #11d62cf8
+def recorded(
+    step:int,     # optimizer steps done, at least 1
+    batches:int,  # steps per epoch
+    epochs:int,   # of the run
+)->bool:
+    "Does a line of the record end at this step? At most 20 times an epoch and about 500 times a run, and at the end of every epoch"
+    lines, done = min(20, max(1, 500//epochs)), (step-1) % batches
+    return (done+1)*lines//batches > done*lines//batches
+
 def steps_of_epoch(
     state:SimpleNamespace,  # a run under way, changed in place
     end:int,                # last step of the run
@@ -283,12 +293,19 @@ def steps_of_epoch(
         reason = train_step(state, x, y)
         if reason: return diverged(state, reason, x)
         clock, state.seconds['train'] = time.perf_counter(), state.seconds['train']+time.perf_counter()-clock
-        if state.step % max(1, state.views.batches//20) == 0: log_train(state, show)
+        if recorded(state.step, state.views.batches, state.recipe.epochs): log_train(state, show)
         if due(state): checkpoint(state)
         state.asked.stop_here()
         if state.step == end: return
 
 # %% ../nbs/06_training.ipynb #e61a83d8
+def evaluated(
+    epoch:int,  # whole epochs done
+    every:int,  # epochs between evaluations
+)->bool:
+    "Is a run evaluated here? After each of the first epochs, then now and then"
+    return epoch <= every or epoch % every == 0
+
 def to_the_end(
     state:SimpleNamespace,  # a run at its start or resumed, changed in place
     show,                   # called with a line of text now and then
@@ -299,13 +316,14 @@ def to_the_end(
     end = min(recipe.epochs*views.batches, recipe.max_steps or math.inf)
     now_and_then = at_most_every(15, lambda line: (show(line), watch(state.run)))
     while True:
-        if state.step % views.batches == 0 or state.step == end:
+        epoch, done = divmod(state.step, views.batches)
+        if state.step == end or done == 0 and evaluated(epoch, state.eval_every):
             result, rows = log_eval(state, show)
             watch(state.run)
         if state.step == end: break
         record = steps_of_epoch(state, end, now_and_then)
         if record: return finish(state, 'diverged', **record)
-    state.run.predictions((views.val.images.name(i), label, prediction) for i, label, prediction in rows)
+    state.run.predictions(rows)
     return finish(state, 'finished', **result)
 
 # %% ../nbs/06_training.ipynb #61420ee9
@@ -375,6 +393,7 @@ def fit(
     recipe:Recipe,              # resolved
     run:Run,                    # record, begun
     workers:int=0,              # processes that load images
+    eval_every:int=1,           # epochs between evaluations, after as many that are all evaluated
     checkpoint_steps:int|None=None,  # steps between checkpoints; None = by minutes only
     checkpoint_minutes:float=5.,     # minutes between checkpoints
     show=print,                 # called with a line of text now and then
@@ -384,7 +403,7 @@ def fit(
     if run.status in ('finished', 'diverged'): return run.summary
     try:
         with plainly(run), interrupts() as asked:
-            state = start(model, recipe, views, run, workers, checkpoint_steps, checkpoint_minutes)
+            state = start(model, recipe, views, run, workers, eval_every, checkpoint_steps, checkpoint_minutes)
             state.asked = asked
             resume(state, show)
             try: return to_the_end(state, show, watch)
@@ -458,7 +477,8 @@ def train(
     views, run = make_views(recipe, source), begin_run(recipe, source, given)
     show(f'run {run.path}')
     model = make_model(recipe, len(source.classes), first_images(views.train_eval, 256) if recipe.init == 'data' else None)
-    return fit(model, views, recipe, run, values['workers'], values['checkpoint_steps'], values['checkpoint_minutes'], show, watch)
+    pace = {name: values[name] for name in ('workers', 'eval_every', 'checkpoint_steps', 'checkpoint_minutes')}
+    return fit(model, views, recipe, run, **pace, show=show, watch=watch)
 
 # %% ../nbs/06_training.ipynb #7d06aae3
 EXITS = 'Exit code: 0 finished or diverged, 2 wrong input or a disk that failed, 75 interrupted (SIGINT, SIGTERM, SIGUSR1) with the last step saved, 130 interrupted at once.'

@@ -244,9 +244,10 @@ def test_a_new_run_keeps_what_else_is_in_its_folder(run):
 def test_cut_drops_later_steps_and_nothing_else(lines, step):
     run = Run('cut', os.environ['TEST_RUNS_TMP'], os.environ['TEST_RUNS_TMP'])
     run.path.mkdir(exist_ok=True)
-    (run.path/'metrics.jsonl').write_text(''.join(to_json(line)+'\n' for line in lines))
+    def text(kept): return ''.join(to_json(line, separators=(',', ':'))+'\n' for line in kept)
+    (run.path/'metrics.jsonl').write_text(text(lines))
     run.cut(step)
-    assert (run.path/'metrics.jsonl').read_text() == ''.join(to_json(line)+'\n' for line in lines if line['step'] <= step)
+    assert (run.path/'metrics.jsonl').read_text() == text(line for line in lines if line['step'] <= step)
 
 
 def test_predictions_survive_any_image_name(run):

@@ -109,9 +109,16 @@ def test_holm_against_his_example_and_with_gaps():
 
 def test_answers_are_those_of_the_run(tmp_path):
     run = Run('one', tmp_path)
-    run.begin({}, {})
-    run.predictions([('a', 1, 1), ('b', 2, 0)])
-    assert answers('one', tmp_path).to_dict() == {'a': True, 'b': False}
+    run.begin(dict(source=dict(fingerprint='f00')), {})
+    run.predictions([('a', 1, 1), (1, 2, 0)])
+    assert answers('one', tmp_path).to_dict() == {'f00 a': True, 'f00 1': False}
+
+def test_places_in_two_sources_are_not_the_same_image(tmp_path):
+    for name in ('one', 'two'):
+        run = Run(name, tmp_path)
+        run.begin(dict(source=dict(fingerprint=name)), {})
+        run.predictions([(0, 1, 1), (1, 2, 0)])
+    with pytest.raises(ValueError, match='4 images were shown to one'): mcnemar(answers('one', tmp_path), answers('two', tmp_path))
 
 
 # groups of runs

@@ -10,7 +10,8 @@ from nwrepro.recipe import RULES, check_parameters, make_recipe, notebook_parame
 from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
 from nwrepro.survival import HELD
-from nwrepro.training import begin_run, evaluate, fit, make_model, make_views, start, train_step
+from nwrepro.sweeps import evaluations
+from nwrepro.training import begin_run, evaluate, fit, make_model, make_views, recorded, start, train_step
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -20,7 +21,7 @@ def train(folder, fit=fit, **given):
     recipe = make_recipe(given, digits)
     run = begin_run(recipe, digits, given, folder)
     model = make_model(recipe, 10)
-    return fit(model, make_views(recipe, digits), recipe, run, show=lambda line: None, checkpoint_steps=given.get('checkpoint_steps')), run
+    return fit(model, make_views(recipe, digits), recipe, run, show=lambda line: None, **{k: given[k] for k in ('checkpoint_steps', 'eval_every') if k in given}), run
 
 def weights(run): return load_file(run.checkpoints/'final.safetensors')
 
@@ -98,9 +99,23 @@ def test_precisions_train(precision, tmp_path):
 def test_predictions_give_the_reported_accuracy(tmp_path):
     summary, run = train(tmp_path, norm='bn', lr=0.05)
     lines = (run.path/'predictions.csv').read_text().splitlines()
-    assert lines[0] == 'image,label,prediction' and len(lines) == 361
+    assert lines[0] == 'image,label,prediction' and [int(line.split(',')[0]) for line in lines[1:]] == list(range(360))
+    assert [int(line.split(',')[1]) for line in lines[1:]] == list(digits.val.labels)
     right = sum(line.split(',')[1] == line.split(',')[2] for line in lines[1:])
     assert 100*right/360 == pytest.approx(summary['top1'])
+
+@pytest.mark.parametrize('every, epochs', [(1, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [0, 1, 2, 3, 6, 7]), (9, [0, 1, 2, 3, 4, 5, 6, 7])])
+def test_epochs_that_are_evaluated(every, epochs, tmp_path):
+    _, run = train(tmp_path, epochs=7, train_images=20, max_steps=None, eval_every=every)
+    events = run.metrics()
+    for event in ('eval', 'probe'): assert events[events['event'] == event]['epoch'].tolist() == epochs
+    assert evaluations(7, 1, every) == len(epochs)
+
+@pytest.mark.parametrize('batches, epochs, lines', [(31, 60, 8), (31, 1, 20), (5, 8, 5), (5005, 120, 4), (1, 9, 1), (40, 9999, 1)])
+def test_a_run_is_recorded_now_and_then_and_at_the_end_of_each_epoch(batches, epochs, lines):
+    for epoch in (0, 1):
+        places = [place for place in range(1, batches+1) if recorded(epoch*batches+place, batches, epochs)]
+        assert len(places) == lines and places[-1] == batches
 
 def test_evaluation_agrees_with_a_plain_loop(tmp_path):
     recipe = make_recipe(SMALL, digits)
