@@ -746,11 +746,13 @@ MEASURED = ('arch', 'image_size', 'batch_size', 'precision', 'channels_last', 'd
 
 def cost_records(
     folder=None,    # of runs; the records lie in `cost` beside it; None = `reports/runs` of the project
+    usual=True,     # only those of the compiler and the allocator that runs have unless told otherwise
 )->list[dict]:      # with at least the keys in `MEASURED`; `seconds`: scheme -> seconds per step, a list with one value per round
     "What is on record of the cost of a step; damaged files are left out"
     place = (Path(folder).absolute() if folder else project_root()/'reports'/'runs').parent/'cost'
     records = [read_json(path) for path in sorted(place.glob('*.json'))]
-    return [record for record in records if set(MEASURED) <= set(record) and isinstance(record['seconds'], dict)]
+    def is_usual(record): return record.get('compile', 'kernels') == 'kernels' and not record.get('allocator')
+    return [r for r in records if set(MEASURED) <= set(r) and isinstance(r['seconds'], dict) and (is_usual(r) or not usual)]
 
 # %% ../nbs/07_stats.ipynb #d2e3cb27
 def step_ratio(

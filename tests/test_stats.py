@@ -9,7 +9,7 @@ import nwrepro.stats
 from nwrepro.probes import layers
 from nwrepro.recipe import RECIPES, Recipe
 from nwrepro.runs import Run, load_runs, to_json
-from nwrepro.stats import (CLAIMS, FREE, SETTING, Course, Estimate, against_bn, answers, arm, by_setting, comparable, early, epochs_to, gains, growth, holm,
+from nwrepro.stats import (CLAIMS, FREE, SETTING, Course, Estimate, against_bn, answers, arm, by_setting, comparable, cost_records, early, epochs_to, gains, growth, holm,
                            judge, kind_of, log_gap, lr_limits, mcnemar, mean_interval, paired, rise, ruling, running_accuracy, spelt, welch, wilson)
 
 NAN = math.nan
@@ -419,6 +419,12 @@ def test_few_rounds_decide_nothing_and_the_papers_own_network_goes_first(tmp_pat
     assert [(v.verdict, v.kind) for v in own] == [('supported', 'claim')]*2
     assert own[0].numbers.value[0] == pytest.approx(100*(1-1/1.2), abs=0.1) and (own[0].numbers.low < own[0].numbers.value).all() and (own[0].numbers.value < own[0].numbers.high).all()
     assert 'analogue' not in own[0].why+own[1].why
+
+@pytest.mark.parametrize('unusual', (dict(compile='network'), dict(compile='off'), dict(allocator={'MALLOC_MMAP_MAX_': '0'})))
+def test_a_record_of_another_compiler_or_allocator_is_not_judged(unusual, tmp_path):
+    assert [v.verdict for v in cost_verdicts(tmp_path, image_size=999, **unusual)] == ['not tested']*2
+    assert len(cost_records(tmp_path/'runs', usual=False)) == 1
+    assert [v.verdict for v in cost_verdicts(tmp_path)] == ['supported']*2
 
 def test_cost_without_records_says_what_is_missing(tmp_path):
     (tmp_path/'cost').mkdir()
