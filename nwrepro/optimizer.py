@@ -86,8 +86,9 @@ def renew(
     layer:nn.Module,  # handed over, changed in place
 )->None:
     "Write the weight of a layer as a step would, to the last bit"
-    g = layer.v.new_ones(len(layer.v)) if layer.g is None else layer.g
-    write_weight(rows(layer.ready), rows(layer.v), torch.stack([g, g, getattr(layer, 'scale', 1)*g], 1))
+    learned, scale = constants(layer)
+    g = 1-learned if layer.g is None else layer.g
+    write_weight(rows(layer.ready), rows(layer.v), torch.stack([g, g, scale*g], 1))
 
 # %% ../nbs/06_optimizer.ipynb #2ddbf627
 def filter_numbers(

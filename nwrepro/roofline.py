@@ -228,9 +228,9 @@ Ceiling = namedtuple('Ceiling', 'rates call')  # channels -> elements/s forward,
 def map_rates(
     dtype:torch.dtype,  # of the map
     channels:int,       # of the map
-    elements:int=2**18, # of the map
 )->dict:                # slot -> elements/s forward, backward
     "How fast kernels on maps go on a CPU: forward on a map that was just written, backward on one that was written long ago"
+    elements = 2**18
     x = torch.randn(elements//channels, channels, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
     one, zero, old = torch.ones(channels), torch.zeros(channels), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
     dx, alpha = torch.empty_like(x), torch.zeros(channels, 1, 1, dtype=dtype)
@@ -243,16 +243,15 @@ def map_rates(
 # %% ../nbs/06_roofline.ipynb #b8e7509e
 def call_seconds(
     make,               # makes a layer for maps of 8 channels
-    layers:int=20,
 )->float:               # seconds, forward and backward, with a copy of the map
     "What one more layer takes on a CPU however small its map is"
-    nets = [[make() for _ in range(k)] for k in (1, layers+1)]
+    nets = [[make() for _ in range(k)] for k in (1, 21)]
     def both_ways(net):
         x = torch.ones(2, 8, 1, 1, requires_grad=True)
         for layer in net: x = layer(x*1)
         x.sum().backward()
     one, many = (seconds_of(lambda: both_ways(net), 'cpu', 50) for net in nets)
-    return (many-one)/layers
+    return (many-one)/20
 
 # %% ../nbs/06_roofline.ipynb #bead0715
 def filter_step(
