@@ -144,7 +144,7 @@ def divergence(
     losses:list[float],   # training loss of the last steps, at most `patience` of them, the newest last, nats
     grad_length:float,    # length of the newest gradient
     limit:float,          # twice the larger of initial and chance loss, nats
-    patience:int=20,      # steps
+    patience:int=50,      # steps
 )->str|None:              # the reason; None = has not diverged
     "Why a run counts as diverged at this step"
     if not math.isfinite(losses[-1]): return f'loss is {losses[-1]}'
@@ -156,7 +156,7 @@ class Watch:
     "Judges a run step by step: `diverged`, `stuck` or `learning`"
     def __init__(self,
         classes:int,        # number of classes K; chance loss is ln K nats
-        patience:int=20,    # steps
+        patience:int=50,    # steps
     ):
         self.chance,self.patience = math.log(classes),patience
         self.losses,self.history = [],[]
