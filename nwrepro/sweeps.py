@@ -6,17 +6,18 @@
 __all__ = ['OWN', 'Point', 'RESULTS', 'ALIKE', 'Job', 'Outcome', 'FACTORS', 'SHORT', 'THIRD', 'HELD_OUT', 'PROBES', 'BOUNDS',
            'PROBE_STEPS', 'GRIDS', 'sweep_parameters', 'expand', 'resolve', 'plan', 'unfinished_notebook', 'over',
            'steps_done', 'evaluations', 'paces', 'seconds_left', 'together', 'in_words', 'overview', 'stop_with_parent',
-           'execute', 'main', 'launch', 'complaint', 'run_points', 'wait_for_one', 'sweep', 'preview', 'raise_failed',
-           'shortened', 'setting', 'scores', 'best', 'tuning', 'write_tuned', 'middle', 'narrowed', 'bisection',
-           'survivors']
+           'in_palette', 'lighten', 'execute', 'main', 'launch', 'complaint', 'run_points', 'wait_for_one', 'sweep',
+           'preview', 'raise_failed', 'shortened', 'setting', 'scores', 'best', 'tuning', 'write_tuned', 'middle',
+           'narrowed', 'bisection', 'survivors']
 
 # %% ../nbs/06_sweeps.ipynb #56f6d098
-import io, itertools, json, math, os, signal, subprocess, sys, tempfile, threading, time
+import base64, io, itertools, json, math, os, signal, subprocess, sys, tempfile, threading, time
 from collections import namedtuple
 from csv import DictWriter
 from dataclasses import asdict
 from datetime import datetime, timedelta, timezone
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 import pandas
 from .data import load_source, project_root
@@ -190,6 +191,27 @@ def stop_with_parent(
     signal.signal(signal.SIGINT, once)
     threading.Thread(target=listen, daemon=True).start()
 
+# %% ../nbs/06_sweeps.ipynb #d60e6be1
+def in_palette(
+    png:str,        # picture, base64
+    colors:int=64,  # of its palette, 2 to 256
+)->str:             # the same picture in few colours, base64
+    "A picture that takes less space"
+    from PIL import Image
+    small = io.BytesIO()
+    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(colors).save(small, 'PNG', optimize=True)
+    return base64.b64encode(small.getvalue()).decode()
+
+def lighten(
+    path:Path,      # of an executed notebook
+)->None:
+    "Write a notebook again with its pictures in few colours"
+    import nbformat  # comes with papermill, and is as little needed to import this module
+    notebook = nbformat.read(path, 4)
+    for output in (o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
+        output.data['image/png'] = in_palette(output.data['image/png'])
+    write_atomic(path, nbformat.writes(notebook))
+
 # %% ../nbs/06_sweeps.ipynb #b8408b03
 def execute(
     given:dict,     # parameters
@@ -203,7 +225,9 @@ def execute(
     release(record)
     part.parent.mkdir(parents=True, exist_ok=True)
     source, target = (os.path.relpath(path) for path in (root/'nbs'/'train.ipynb', part))  # both stay in the notebook, and should name no machine's folders
-    try: papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root))
+    try:
+        papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root))
+        lighten(part)
     finally:
         if record.path.is_dir() and part.exists(): os.replace(part, record.path/'train.ipynb')
         part.unlink(missing_ok=True)
