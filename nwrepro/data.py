@@ -592,12 +592,16 @@ def loader(
     drop_last:bool=False, # leave out a last batch that is not full?
     workers:int=0,        # processes that load; 0: this one
     start:int=0,          # batches of this epoch that are done already; they are not loaded
+    process:int=0,        # number of this process
+    processes:int=1,      # that share each batch, in order
 )->DataLoader:            # of `(x [N, 3, S, S] float32, y [N] int64, i [N] int64)`
     "The batches of an epoch; iterating draws nothing from the global random states"
     n = len(views)
     if batch_size < 1 or drop_last and batch_size > n: raise ValueError(f"batch_size {batch_size} does not fit {n} images: give 1 to {n}")
     if workers < 0: raise ValueError(f"workers is {workers}: give 0 to load in this process, or the number of processes")
     places = order(n, views.seed, epoch) if shuffle else range(n)
-    keys = [(epoch, views.indices[p]) for p in places][start*batch_size:]
-    return DataLoader(views, batch_size, sampler=keys, drop_last=drop_last, num_workers=workers,
+    keys = [(epoch, views.indices[p]) for p in places][start*batch_size:n-n % batch_size if drop_last else n]
+    share = math.ceil(batch_size/processes)
+    if processes > 1: keys = [key for b in range(0, len(keys), batch_size) for key in keys[b:b+batch_size][process*share:(process+1)*share]]
+    return DataLoader(views, share, sampler=keys, num_workers=workers,
         generator=torch.Generator().manual_seed(0), worker_init_fn=deaf, pin_memory=torch.cuda.is_available())

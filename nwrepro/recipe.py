@@ -40,6 +40,8 @@ RULES = dict(
     precision=Rule(str, 'fp32, bf16 (autocast) or fp64; none = recipe', lambda v: v in ('fp32', 'bf16', 'fp64')),
     compile=Rule(str, 'what a compiler makes faster: kernels (activations and optimizer of WN schemes), network (all of it) or off; none = table of the data, else kernels', lambda v: v in ('off', 'kernels', 'network')),
     seed=Rule(int, 'seed of weights, data order, augmentation and dropout, a whole number of at least 0', lambda v: v >= 0),
+    processes=Rule(int, 'processes that share each batch, on this machine; a whole number of at least 1', lambda v: v >= 1),
+    micro_batch=Rule(int, 'images per forward pass and process, a whole number of at least 1; none = all it has of a batch', lambda v: v >= 1),
     workers=Rule(int, 'processes that load images, a whole number of at least 0 (0 = this one)', lambda v: v >= 0),
     eval_every=Rule(int, 'epochs between evaluations, after as many that are all evaluated; a whole number of at least 1', lambda v: v >= 1),
     checkpoint_steps=Rule(int, 'steps between checkpoints, a whole number of at least 1; none = by minutes only', lambda v: v >= 1),
@@ -47,7 +49,7 @@ RULES = dict(
     fresh=Rule(bool, 'True = start over (an old run of the same name is moved aside), False = resume'),
     accept_changes=Rule(bool, 'True = go on although code, libraries or images changed since the run began (which is recorded), False = stop'),
 )
-DEFAULTS = dict(norm='bn', data='auto', holdout=0., arch='resnet50', recipe='paper', dropout=0., seed=0, workers=0, eval_every=1,
+DEFAULTS = dict(norm='bn', data='auto', holdout=0., arch='resnet50', recipe='paper', dropout=0., seed=0, processes=1, workers=0, eval_every=1,
                 checkpoint_minutes=5., fresh=False, accept_changes=False)
 
 # %% ../nbs/06_recipe.ipynb #2c56bd9b

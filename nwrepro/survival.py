@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELD', 'lock_files', 'hold', 'release', 'saved_states', 'save_state', 'load_state', 'drop_states', 'Interrupted',
-           'Requests', 'interrupts', 'begun_with', 'changes', 'in_words', 'plainly']
+           'stop_if', 'Requests', 'interrupts', 'begun_with', 'changes', 'in_words', 'plainly']
 
 # %% ../nbs/05_survival.ipynb #0b9fe3bb
 import errno, hashlib, io, os, signal, socket, threading
@@ -99,14 +99,19 @@ class Interrupted(KeyboardInterrupt):
     "A run was asked to stop, and stopped between two steps"
 
 # %% ../nbs/05_survival.ipynb #7b191d79
+def stop_if(
+    number,  # of a signal; 0 or None = none came
+)->None:
+    "Leave the loop here if a signal asked for it"
+    if number: raise Interrupted(signal.Signals(int(number)).name)
+
 class Requests:
     "Handler of the signals that ask a run to stop"
     def __init__(self): self.number = None
     def __call__(self, number, frame):
         if number == self.number == signal.SIGINT: raise KeyboardInterrupt('asked to stop twice: nothing was saved')
         self.number = number
-    def stop_here(self):
-        if self.number: raise Interrupted(signal.Signals(self.number).name)
+    def stop_here(self): stop_if(self.number)
 
 # %% ../nbs/05_survival.ipynb #34b428fc
 @contextmanager

@@ -226,7 +226,7 @@ def execute(
     part.parent.mkdir(parents=True, exist_ok=True)
     source, target = (os.path.relpath(path) for path in (root/'nbs'/'train.ipynb', part))  # both stay in the notebook, and should name no machine's folders
     try:
-        papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root))
+        papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root), coalesce_streams=True)
         lighten(part)
     finally:
         if record.path.is_dir() and part.exists(): os.replace(part, record.path/'train.ipynb')

@@ -36,7 +36,7 @@ def main():
     recipe = make_recipe(given, source)
     views = make_views(recipe, source)
     with tempfile.TemporaryDirectory() as folder:
-        state = start(make_model(recipe, len(source.classes)), recipe, views, begin_run(recipe, source, given, folder), values['workers'])
+        state = start(make_model(recipe, len(source.classes)), recipe, views, begin_run(recipe, source, given, folder), workers=values['workers'])
         for i in views.train.indices[:20_000]: views.train[0, i]
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         ready = [(x.contiguous(memory_format=layout), y) for (x, y, _), _ in zip(loader(views.train, 0, recipe.batch_size), range(STEPS))]
