@@ -25,6 +25,7 @@ RULES = dict(
     holdout=Rule(float, 'share of the training images held out and evaluated on instead of val, at least 0 and below 1', lambda v: 0 <= v < 1),
     arch=Rule(str, 'timm ResNet: resnet18 to resnet152'),
     strides=Rule(str, "where a bottleneck halves the map: v1 (first 1x1, the period's) or v1.5 (3x3); none = recipe", lambda v: v in ('v1', 'v1.5')),
+    zero_init=Rule(bool, 'True = residual branches start at 0, where the join is a sum; none = recipe'),
     recipe=Rule(str, 'table of defaults: paper or modern'),
     epochs=Rule(int, 'passes over the training images, a whole number of at least 1; none = table of the data', lambda v: v >= 1),
     max_steps=Rule(int, 'stop after so many steps, a whole number of at least 1; none = never', lambda v: v >= 1),
