@@ -31,7 +31,7 @@ from safetensors.torch import save
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.utils import accuracy
 from torch import nn
-from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines
+from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines, shown
 from .optimizer import WNSGD, clip_gradient, gradient_length, normalised
 from .passes import Kernel
 from .processes import Onlooker, accelerator, alike, by_all, divide, first_line, from_first, lost, meet, merge_statistics, running, together, torchrun, tracked, wrapped
@@ -580,7 +580,7 @@ def train(
     show(source.note)
     if values['processes'] > 1 and 'RANK' not in os.environ: return fit_on_many(begin_run(recipe, source, given), values, show, watch)
     run = own_run(team, recipe, source, given)
-    show(f'run {run.path}')
+    show(f'run {shown(run.path)}')
     model = make_model(recipe, len(source.classes), first_images(views.train_eval, 256) if recipe.init == 'data' else None)
     return fit(model, views, recipe, run, **pace_of(values), show=show, watch=watch)
 

@@ -158,15 +158,25 @@ def test_a_flag_starts_processes_and_the_stop_button_reaches_them_once(project):
 
 def sentence(out): return [line for line in out.splitlines() if line.strip() and not line.startswith(('digits:', 'run '))]
 
-@pytest.mark.parametrize('processes, given, words', [
-    (3, dict(norm='wn'), 'batch_size = 64 cannot be shared out to 3 processes: give a number of processes that divides 64'),
-    (4, dict(norm='bn'), 'in groups of bn_batch = 32 that keep their statistics: give a number of processes that divides 2'),
-    (2, dict(norm='bn', micro_batch=16), 'micro_batch = 16 does not divide the 32 images of a process in groups of bn_batch = 32'),
-    (2, dict(norm='wn', data='imagenette', data_dir='nowhere'), 'no images for data=imagenette'),
-])
-def test_bad_input_is_one_sentence_from_one_process(project, processes, given, words):
-    code, out, err = ran(project, processes, '-m', 'nwrepro.training', *flags(SMALL | given))
-    assert code != 0 and len(sentence(out)) == 1 and words in sentence(out)[0], out+err
+MANY = """
+import json, sys
+from nwrepro.training import main
+codes = [main(words) for words in json.loads(sys.argv[1])]
+assert codes == [2]*len(codes)
+"""
+UNFIT = [
+    (dict(norm='wn', batch_size=34), 'batch_size = 34 cannot be shared out to 4 processes: give a number of processes that divides 34'),
+    (dict(norm='bn'), 'in groups of bn_batch = 32 that keep their statistics: give a number of processes that divides 2'),
+    (dict(norm='wn', micro_batch=12), 'micro_batch = 12 does not divide the 16 images of a process'),
+    (dict(norm='bn', bn_batch=16, micro_batch=8), 'micro_batch = 8 does not divide the 16 images of a process in groups of bn_batch = 16'),
+    (dict(norm='wn', data='imagenette', data_dir='nowhere'), 'no images for data=imagenette'),
+]
+
+def test_bad_input_is_one_sentence_from_one_process(project):
+    (project/'many.py').write_text(MANY)
+    code, out, err = ran(project, 4, 'many.py', json.dumps([flags(SMALL | given) for given, _ in UNFIT]))
+    assert code == 0 and len(sentence(out)) == len(UNFIT), out+err
+    for line, (_, words) in zip(sentence(out), UNFIT, strict=True): assert words in line
     assert not (project/'reports/runs').exists()
 
 DIFFERENT = """
@@ -245,3 +255,15 @@ def test_a_host_that_dies_is_replaced_five_times(project):
     assert furthest(alone, final) < 1e-9
 
 def children(pid): return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
+
+
+@pytest.mark.slow
+def test_the_notebook_starts_processes(project):
+    (project/'nbs').mkdir()
+    shutil.copy(ROOT/'nbs'/'train.ipynb', project/'nbs')
+    given = [word for k, v in (LONGER | dict(processes=2, max_steps=2)).items() for word in ('-p', k, str(v))]
+    done = subprocess.run([sys.executable, '-m', 'papermill', 'nbs/train.ipynb', 'out.ipynb', '--cwd', '.', *given], cwd=project, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run_of(project)/'summary.json').read_text())['processes'] == 2
+    executed = (project/'out.ipynb').read_text()
+    assert 'val top1' in executed and f'run reports/runs/{run_of(project).name}' in executed
