@@ -34,7 +34,7 @@ from torch import nn
 from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines, shown
 from .optimizer import WNSGD, clip_gradient, gradient_length, normalised
 from .passes import Kernel
-from .processes import Onlooker, accelerator, alike, by_all, divide, first_line, from_first, lost, meet, merge_statistics, running, together, torchrun, tracked, wrapped
+from .processes import Onlooker, alike, by_all, divide, first_line, from_first, lost, make_accelerator, meet, merge_statistics, running, together, torchrun, tracked, wrapped
 from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, rounded, weight_lengths
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
 from .runs import Run, provenance, read_metrics, run_name, write_atomic
@@ -130,11 +130,11 @@ def start(
 )->SimpleNamespace:   # model, optimizer, schedule, rule, step, seconds, ... of a run
     "Put a run together on this machine's device"
     Kernel.wanted = recipe.compile != 'off'  # before anything is computed, or the run before this one would decide
-    team, hub = meet(), accelerator()
-    sgd = make_optimizer(model.to(hub.device), recipe)
-    forward, optimizer = wrapped(hub, model, sgd)  # among several processes `forward` is `model` in a wrapper
+    team, accelerator = meet(), make_accelerator()
+    sgd = make_optimizer(model.to(accelerator.device), recipe)
+    forward, optimizer = wrapped(accelerator, model, sgd)  # among several processes `forward` is `model` in a wrapper
     if recipe.compile == 'network': forward.compile()
-    return SimpleNamespace(team=team, hub=hub, model=model, forward=forward, optimizer=optimizer, sgd=sgd, schedule=make_schedule(optimizer, recipe, views.batches),
+    return SimpleNamespace(team=team, accelerator=accelerator, model=model, forward=forward, optimizer=optimizer, sgd=sgd, schedule=make_schedule(optimizer, recipe, views.batches),
                            recipe=recipe, views=views, run=run, rule=Watch(model.num_classes), probe=first_images(views.train_eval, 32),
                            micro=divide(recipe, team.num_processes, micro_batch), statistics=tracked(model) if team.num_processes > 1 else [],
                            workers=workers, eval_every=eval_every, step=0, seconds=dict(train=0., wall=0.), sums=torch.zeros(3, dtype=torch.float64),
@@ -147,7 +147,7 @@ def logits_of(
     x:torch.Tensor,         # images, `[N, 3, S, S]` float32, anywhere
 )->torch.Tensor:            # logits, `[N, classes]`, in at least float32
     "Forward pass in the recipe's precision and memory format"
-    recipe, device = state.recipe, state.hub.device
+    recipe, device = state.recipe, state.accelerator.device
     x = x.to(device, dtype=torch.float64 if recipe.precision == 'fp64' else torch.float32, non_blocking=True)
     if recipe.channels_last: x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'): logits = state.forward(x)
@@ -169,13 +169,13 @@ def gradient(
     y:torch.Tensor,         # labels, `[N]` int64
 )->list:                    # loss and hits, summed over the share, and its size
     "The gradient of the mean loss of the whole batch, from micro-batches and processes"
-    sums, parts = numpy.zeros(2), list(zip(x.split(state.micro), y.to(state.hub.device).split(state.micro), strict=True))
+    sums, parts = numpy.zeros(2), list(zip(x.split(state.micro), y.to(state.accelerator.device).split(state.micro), strict=True))
     for k, (x, y_part) in enumerate(parts, 1):
         seed_step(state, k-1)
-        with nullcontext() if k == len(parts) else state.hub.no_sync(state.forward):
+        with nullcontext() if k == len(parts) else state.accelerator.no_sync(state.forward):
             logits = logits_of(state, x)
             loss = F.cross_entropy(logits, y_part, label_smoothing=state.recipe.label_smoothing)
-            state.hub.backward(loss*(len(x)/len(y)))
+            state.accelerator.backward(loss*(len(x)/len(y)))
         sums += loss.item()*len(x), (logits.argmax(1) == y_part).sum().item()
     return [*sums, len(y)]
 
@@ -219,7 +219,7 @@ def evaluate(
     state.model.eval()
     total, rows, alone = numpy.zeros(3), [], state.team.num_processes == 1
     for x, y, i in share(state, views, batch_size=max(state.recipe.batch_size, 64), shuffle=False, drop_last=False):
-        logits, y = logits_of(state, x), y.to(state.hub.device)
+        logits, y = logits_of(state, x), y.to(state.accelerator.device)
         top1, top5 = accuracy(logits, y, topk=(1, min(5, logits.shape[1])))
         total += F.cross_entropy(logits, y, reduction='sum').item(), round(top1.item()*len(y)/100), round(top5.item()*len(y)/100)
         rows += zip(i.tolist(), y.tolist(), logits.argmax(1).tolist(), strict=True)
@@ -235,7 +235,7 @@ def probe(
     state:SimpleNamespace,  # a run under way
 )->dict:                    # layer outputs, weight lengths, coherence, lr over squared length of v, per layer
     "What the fixed probe images and the weights say about every layer"
-    x, lengths = state.probe.to(state.hub.device), weight_lengths(state.model)
+    x, lengths = state.probe.to(state.accelerator.device), weight_lengths(state.model)
     if state.recipe.precision == 'fp64': x = x.double()
     angular = [rounded(state.optimizer.param_groups[0]['lr']/v**2) if v else None for v in lengths['v']]
     with torch.compiler.set_stance('force_eager'): outputs = layer_outputs(state.model, x)  # a compiled network runs past hooks
@@ -399,7 +399,7 @@ def diverged(
     x:torch.Tensor,         # images of the step, `[N, 3, S, S]`
 )->dict:                    # what the record holds of it
     "The record of a divergence: when, at which lr, what was large before, and what went non-finite first when the step is replayed"
-    recipe, device, epoch = state.recipe, state.hub.device, state.step/state.views.batches
+    recipe, device, epoch = state.recipe, state.accelerator.device, state.step/state.views.batches
     gradient = first_nonfinite_gradient(state.model)
     seed_step(state)
     with torch.compiler.set_stance('force_eager'), torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'):
