@@ -585,7 +585,7 @@ def train(
     return fit(model, views, recipe, run, **pace_of(values), show=show, watch=watch)
 
 # %% ../nbs/06_training.ipynb #7d06aae3
-EXITS = 'Exit code: 0 finished or diverged, 2 wrong input or a disk that failed, 75 interrupted (SIGINT, SIGTERM, SIGUSR1) with the last step saved, 130 interrupted at once.'
+EXITS = 'Exit code: 0 finished or diverged, 1 another process is gone, 2 wrong input or a disk that failed, 75 interrupted (SIGINT, SIGTERM, SIGUSR1) with the last step saved, 130 interrupted at once.'
 
 def parser(
 )->argparse.ArgumentParser:

@@ -3,7 +3,6 @@ import json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import numpy, pytest, torch
 from safetensors.torch import load_file
-from nwrepro.processes import in_turn
 from nwrepro.runs import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -70,11 +69,12 @@ def furthest(one, other):
 def compared(project, schemes, count, processes, micro=False, **given):
     points = [SMALL | dict(norm=norm, precision='fp64') | given for norm in schemes]
     alone = steps(project, None, [(p, None, count, f'one-{p["norm"]}') for p in points])
-    others = steps(project, processes, [(p, None, count, f'shared-{p["norm"]}') for p in points])
-    if micro: others += steps(project, None, [(p, p['batch_size']//2, count, f'micro-{p["norm"]}') for p in points])
-    for norm, one, other in zip([*schemes]*2, alone*2, others, strict=False):
-        assert furthest(one['weights'], other['weights']) < 1e-10, norm
-        assert numpy.allclose(one['losses'], other['losses'], rtol=1e-10), norm
+    divided = [steps(project, processes, [(p, None, count, f'shared-{p["norm"]}') for p in points])]
+    if micro: divided += [steps(project, None, [(p, p['batch_size']//2, count, f'micro-{p["norm"]}') for p in points])]
+    for norm, one, *others in zip(schemes, alone, *divided, strict=True):
+        for other in others:
+            assert furthest(one['weights'], other['weights']) < 1e-10, norm
+            assert numpy.allclose(one['losses'], other['losses'], rtol=1e-10), norm
 
 def test_processes_and_micro_batches_make_the_same_steps(project):
     compared(project, ('bn', 'trelu'), 4, 2, micro=True, batch_size=32, bn_batch=8)
@@ -87,7 +87,7 @@ def test_steps_of_every_scheme(project):
 def test_first_gradients_in_single_precision(project):
     jobs = [(SMALL | dict(norm=norm), None, 1, norm) for norm in ('bn', 'wn', 'np')]
     one = steps(project, None, jobs)
-    for norm, a, b in zip(jobs, one, steps(project, 2, jobs), strict=True): assert furthest(a['first'], b['first']) < 1e-5, norm
+    for job, a, b in zip(jobs, one, steps(project, 2, jobs), strict=True): assert furthest(a['first'], b['first']) < 1e-5, job
 
 def test_two_processes_are_the_same_run(project):
     folders = {processes: project/str(processes) for processes in (None, 2)}
@@ -180,7 +180,7 @@ def test_bad_input_is_one_sentence_from_one_process(project):
     assert not (project/'reports/runs').exists()
 
 DIFFERENT = """
-import os, runpy, sys
+import os, sys
 from nwrepro import training
 origin = training.provenance()
 training.provenance = lambda: origin | dict(code=f"{os.environ['RANK']}{origin['code']}")
@@ -197,6 +197,8 @@ def test_no_host_to_meet_at(project):
     env = environment() | dict(RANK='1', WORLD_SIZE='2', LOCAL_RANK='0', MASTER_ADDR='nowhere.invalid', MASTER_PORT='29511', NWREPRO_WAIT='0.05')
     done = subprocess.run([sys.executable, '-m', 'nwrepro.training', *flags(LONGER)], cwd=project, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and 'no connection to nowhere.invalid:29511' in done.stdout, done.stdout+done.stderr
+
+def children(pid): return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(project):
     given = LONGER | dict(checkpoint_steps=1, epochs=3)
@@ -253,9 +255,6 @@ def test_a_host_that_dies_is_replaced_five_times(project):
     assert len(resumed) == 5 and sorted(set(resumed)) == resumed
     final, alone = (load_file(folder/'data/checkpoints'/name/'final.safetensors') for folder in (project, project/'alone'))
     assert furthest(alone, final) < 1e-9
-
-def children(pid): return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
-
 
 @pytest.mark.slow
 def test_the_notebook_starts_processes(project):
