@@ -609,7 +609,6 @@ def main(
         if not lost(error): raise
         if first: print(f'another process of this run is gone ({first_line(error)}): see what it said; the same command goes on from the last checkpoint')
         return 1
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
     if first: print({k: v for k, v in summary.items() if k not in ('grad_history', 'rms_before')})
     return 0
 
