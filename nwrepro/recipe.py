@@ -155,7 +155,7 @@ class Recipe:
     seed:int                # weights, data order, augmentation, dropout
 
 # %% ../nbs/06_recipe.ipynb #db01909e
-TUNED_BY = ('data', 'arch', 'image_size', 'recipe', 'norm', 'init', 'batch_size')
+TUNED_BY = ('data', 'arch', 'image_size', 'recipe', 'norm', 'init', 'zero_init', 'batch_size')
 
 def tuned_table(
 )->list[dict]:  # as text; empty where nothing was tuned
