@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 VALUES = [
     (dict(norm='vn'), r"unknown norm 'vn': did you mean '\w+'\? accepted: bn, none, wn, np, trelu"), (dict(norm='WN'), "unknown norm 'WN'"), (dict(norm=''), "unknown norm ''"),
     (dict(norm='../../etc'), "unknown norm '../../etc'"), (dict(norm='np', init='data'), "unknown init for norm 'np' 'data': accepted: np"), (dict(init='xavier'), "unknown init for norm 'bn' 'xavier'"),
-    (dict(data='digts'), "did you mean 'digits'"), (dict(data='wds/imagenet'), 'is a stream, which is not supported yet'), (dict(data='../digits'), "unknown data '../digits'"),
+    (dict(data='digts'), "did you mean 'digits'"), (dict(data='hfids/imagenet-1k'), 'is a stream, which has no index'), (dict(data='../digits'), "unknown data '../digits'"),
     (dict(arch='resnet5'), "did you mean 'resnet50'"), (dict(arch='vgg16'), "unknown arch 'vgg16'"), (dict(arch='seresnet50'), "unknown arch 'seresnet50'"), (dict(recipe='papr'), "did you mean 'paper'"),
     (dict(strides='v2'), 'strides = v2 is not accepted'), (dict(lr=0), 'lr = 0 is not accepted'), (dict(lr=-1.), 'lr = -1.0'), (dict(lr='fast'), 'lr = fast'), (dict(lr='nan'), 'lr = nan'),
     (dict(lr='inf'), 'lr = inf'), (dict(lr='1e999'), 'lr = 1e999'), (dict(lr='[0.1,0.2]'), r'lr = \[0.1,0.2\] is not accepted: expected peak learning rate, a number above 0'), (dict(lr=True), 'lr = True'),
