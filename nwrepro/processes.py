@@ -61,7 +61,8 @@ def wrapped(
     model:nn.Module,          # network, on its device
     optimizer,                # of its parameters
 )->tuple:                     # both, as training calls them
-    "Network and optimizer for several processes; for one, what they were"
+    "Network and optimizer for several processes; for one, though torchrun started it, what they were"
+    if accelerator.num_processes == 1: return model, accelerator.prepare(optimizer)
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')  # NOTE: accelerate knows no other name for it yet
         return accelerator.prepare(model, optimizer)
