@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ANALOGUE', 'LOCAL', 'COST', 'FILES', 'SETTING_COLUMNS', 'COLUMNS', 'CSS', 'SCRIPT', 'PAGE', 'CLAIM', 'GRID',
            'wording', 'tally', 'ended', 'evidence', 'conclusion', 'answer', 'shown', 'draw', 'command', 'commands',
-           'cell', 'table', 'links', 'run_table', 'missing', 'datatables', 'render', 'claim_part', 'write_page']
+           'cell', 'table', 'links', 'run_table', 'missing', 'datatables', 'render', 'claim_part', 'scaling_part',
+           'write_page']
 
 # %% ../nbs/09_report.ipynb #e15a1773
 import base64, os, re, shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 from urllib.parse import quote
 import jinja2, pandas
 from markupsafe import Markup, escape
+from . import scaling
 from .data import project_root
 from .figures import Shelf, listed, picture_of, save
 from .runs import Record, write_atomic
@@ -241,7 +243,7 @@ PAGE = '''<!doctype html>
 <main><section id="answer" aria-labelledby="answer-title"><h2 id="answer-title" style="margin-top:0;border:0">The answer</h2>
 <ol>{% for sentence in answer %}<li>{{ sentence|code }}</li>{% endfor %}</ol></section>
 {% if notes %}<details id="missing"{% if notes|length < 6 %} open{% endif %}><summary>What is missing ({{ notes|length }})</summary><ul>{% for note in notes %}<li>{{ note|code }}</li>{% endfor %}</ul></details>{% endif %}
-<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}<a href="#settings">By setting</a> <a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
+<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}<a href="#settings">By setting</a> {% if scaling %}<a href="#scaling">Scaling</a> {% endif %}<a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
 <h2 id="claims">The claims and their verdicts</h2>
 <p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing.</p>
 <div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>known from</th></tr></thead><tbody>
@@ -249,6 +251,8 @@ PAGE = '''<!doctype html>
 {% for c in claims %}{% include 'claim' %}{% endfor %}
 <h2 id="settings">Results by setting</h2>
 {% if settings.rows %}<p>A row per scheme and setting: runs started, finished and diverged; means and 95 % intervals (from n = 3) of test and training accuracy, percent.</p>{{ grid(settings) }}{% else %}<p>No runs, so no settings.</p>{% endif %}
+{% if scaling %}<h2 id="scaling">Many cards: a prediction</h2>
+<p>Not measured: what 1 to 64 cards would make of ResNet-50 at 224 px, global batch 256 in bf16, by the model of <code>nbs/06_scaling.ipynb</code>: compute (roofline of <code>wn</code>), ring all-reduce of 102 MB, and input. {{ scaling.sentence }} <code>bn</code> with <code>bn_batch</code> 32 can share such a batch among eight cards at most.</p>{{ grid(scaling.table) }}{% endif %}
 <h2 id="runs">All runs</h2>
 {% if runs.rows %}<p>Each row links what the run left: its executed notebook, if a sweep ran it, its config, metrics and summary.</p>{{ grid(runs) }}{% else %}<p>No runs in <code>{{ place }}</code>. Make one, on handwritten digits and in a few minutes, and this page again:</p><pre tabindex="0">papermill nbs/train.ipynb reports/wn.ipynb -p norm wn
 {{ again }}</pre>{% endif %}
@@ -307,6 +311,18 @@ def claim_part(
                        numbers=table(picture.numbers, f'Numbers of the figure of {verdict.key}'))
 
 # %% ../nbs/09_report.ipynb #4c18b7e5
+def scaling_part(
+    found:dict,     # as `scaling.record` returns it
+)->dict|None:       # `sentence` on what was measured, `table`; None = nothing was
+    "The section on many cards"
+    if not found: return None
+    rows = scaling.scaling(found['core']['period'], {card: scaling.image_seconds(card) for card in scaling.LINKS})
+    rows = rows.assign(images_per_s=[f'{rate:,.0f}' for rate in rows.images_per_s.round(-2)], efficiency=rows.efficiency.round(2), hours=rows.hours.round(1)).rename(columns=dict(hours='hours for 120 epochs'))
+    origin = found['provenance']
+    sentence = (f"Measured for it, on {origin['machine']['cpu']} with torch {origin['versions']['torch']}: {found['core']['period']:.0f} images per second and core ({found['images']} photographs, "
+                f"period pipeline; sixteen cores to a card), and, as a check, {found['all_reduce_s']:.2f} s for the all-reduce between two processes there.")
+    return dict(sentence=sentence, table=table(rows, 'Predicted scaling'))
+
 def write_page(
     verdicts:list,           # `Verdict`s of all claims
     pictures:dict,           # as `draw` makes them
@@ -321,6 +337,6 @@ def write_page(
     groups = comparable(runs)
     parts = [claim_part(v, pictures.get(v.key), shown(v, groups), out, place) for v in verdicts]
     page = render(answer=answer(verdicts, runs), claims=parts, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
-                  settings=table(by_setting(runs)[SETTING_COLUMNS], 'Results by setting'), again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
+                  settings=table(by_setting(runs)[SETTING_COLUMNS], 'Results by setting'), scaling=scaling_part(scaling.record()), again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
     write_atomic(out/'index.html', page)
     return out/'index.html'
