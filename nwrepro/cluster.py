@@ -10,13 +10,12 @@ __all__ = ['OURS', 'STARTS', 'LOOK', 'sbatch_options', 'RunPoint', 'job_folder',
 import json, os, shlex, shutil, subprocess, sys, time
 from collections import Counter
 from pathlib import Path
+os.environ.setdefault('SUBMITIT_PREEMPT_SIGNAL', 'USR1')  # which a run knows; submitit reads it when it is imported
 from .data import project_root
 from .processes import first_line
 from .recipe import DEFAULTS, check_parameters, parse_value
 from .runs import Record
 from .sweeps import STOPPED, over
-
-os.environ.setdefault('SUBMITIT_PREEMPT_SIGNAL', 'USR1')  # which a run knows; submitit reads it when it is imported
 
 # %% ../nbs/06_cluster.ipynb #b63688c4
 OURS = ('job-name', 'time', 'signal', 'output', 'error', 'open-mode', 'array', 'requeue', 'ntasks', 'nodes')
