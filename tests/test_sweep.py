@@ -16,7 +16,8 @@ from nwrepro.sweeps import (FACTORS, GRIDS, Outcome, bisection, expand, in_words
 from nwrepro.training import begin_run, load_source
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, image_size=16, batch_size=20, bn_batch=10, epochs=2, warmup_epochs=0)
-CELL = dict(SMALL, norm='bn', grid='points', jobs=1, dry_run=False)
+OWN = dict(grid='points', jobs=1, cluster='local', hours=24., sbatch='none', dry_run=False)
+CELL = dict(SMALL, norm='bn', **OWN)
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
@@ -58,13 +59,13 @@ def test_the_notebook_knows_every_parameter_of_a_run_with_the_same_default():
         source, = cells(name).values()
         return {node.target.id: ast.literal_eval(node.value) for node in ast.parse(source).body}
     train, both = defaults('train.ipynb'), defaults('sweep.ipynb')
-    assert {name: both[name] for name in both if name not in ('grid', 'jobs', 'dry_run')} == train
+    assert {name: both[name] for name in both if name not in OWN} == train
     given, own = sweep_parameters(both)
-    assert given == train and vars(own) == dict(grid='points', jobs=1, dry_run=False)
+    assert given == train and vars(own) == OWN | dict(sbatch=None)
 
 REFUSED = [
     (dict(nrom='wn'), "unknown parameter 'nrom': did you mean 'norm'"), (dict(job=2), "unknown parameter 'job': did you mean 'jobs'"), (dict(grid='tune'), "unknown grid 'tune'"),
-    (dict(jobs=0), 'jobs = 0 is not accepted'), (dict(jobs='none'), 'jobs = none is not accepted'), (dict(dry_run=1), 'dry_run = 1 is not accepted'), (dict(seed=[]), 'seed = [] holds no value'),
+    (dict(jobs=0), 'jobs = 0 is not accepted'), (dict(jobs='none'), 'jobs = none is not accepted'), (dict(dry_run=1), 'dry_run = 1 is not accepted'), (dict(cluster='sge'), 'cluster = sge is not accepted'), (dict(hours=0), 'hours = 0 is not accepted'), (dict(seed=[]), 'seed = [] holds no value'),
     (dict(norm=['bn', 'vn']), "point norm=vn: unknown norm 'vn'"), (dict(norm=['bn', 'wn'], lr=[0.1, 0]), 'point norm=bn lr=0: lr = 0 is not accepted'),
     (dict(norm=['bn', 'wn'], init=['torch', 'data']), "point norm=bn init=data: unknown init for norm 'bn'"), (dict(seed=[[0, 1]]), 'point norm=bn: seed = [0, 1] is not accepted'),
     (dict(batch_size=[20, 500]), 'point batch_size=500: batch_size = 500 is more than'), (dict(train_images=[100, 9999]), 'point train_images=9999: '), (dict(norm='[bn,wn]'), "point norm=[bn,wn]: unknown norm '[bn,wn]'"),
@@ -161,10 +162,10 @@ def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
         write_tuned([point])
     tune('wn', 0.1), tune('bn', 0.2), tune('wn', 0.3)
     lines = (elsewhere/'reports/tuned_lr.csv').read_text().splitlines()
-    assert len(lines) == 3 and lines[0].startswith('data,arch,image_size,recipe,norm,init,batch_size,epochs,lr,top1,n,runs,date')
+    assert len(lines) == 3 and lines[0].startswith('data,arch,image_size,recipe,norm,init,zero_init,batch_size,epochs,lr,top1,n,runs,date')
     rates = [preview(SMALL | dict(norm=norm, lr='tuned'), 'points')[0].recipe.lr for norm in ('bn', 'wn')]
     assert rates == [0.2, 0.3]
-    with pytest.raises(ValueError, match='finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, batch_size 10 '):
+    with pytest.raises(ValueError, match='finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, zero_init False, batch_size 10 '):
         preview(SMALL | dict(norm='wn', lr='tuned', batch_size=10), 'points')
 
 @pytest.mark.parametrize('limit', [1e-4, 0.0123, 0.37, 5, 20])
