@@ -7,15 +7,14 @@ __all__ = ['OURS', 'STARTS', 'LOOK', 'sbatch_options', 'RunPoint', 'job_folder',
            'submit', 'standing', 'complaint_of', 'run_in_queue']
 
 # %% ../nbs/06_cluster.ipynb #42fc7c2e
-import json, os, shlex, shutil, subprocess, sys, time
+import os, shlex, shutil, subprocess, time
 from collections import Counter
 from pathlib import Path
 os.environ.setdefault('SUBMITIT_PREEMPT_SIGNAL', 'USR1')  # which a run knows; submitit reads it when it is imported
-from .data import project_root
 from .processes import first_line
-from .recipe import DEFAULTS, check_parameters, parse_value
+from .recipe import parse_value
 from .runs import Record
-from .sweeps import STOPPED, over
+from .sweeps import STOPPED, asked, over, start
 
 # %% ../nbs/06_cluster.ipynb #b63688c4
 OURS = ('job-name', 'time', 'signal', 'output', 'error', 'open-mode', 'array', 'requeue', 'ntasks', 'nodes')
@@ -38,12 +37,10 @@ class RunPoint:
     def __init__(self,
         given:dict, # parameters of the run
         name:str,   # of its folder
-    ): self.given, self.name = given, name
+    ): self.given, self.name, self.process = given, name, None
     def __call__(self):
         "Execute `train.ipynb`; what went wrong in one sentence, or None"
-        env = os.environ | ({'OMP_NUM_THREADS': cores} if (cores := os.environ.get('SLURM_CPUS_ON_NODE')) else {})
-        self.process = subprocess.Popen([sys.executable, '-m', 'nwrepro.sweeps', json.dumps(self.given), self.name], cwd=project_root(), env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = start(self.given, self.name, os.environ['SLURM_CPUS_ON_NODE'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = ''
         for said in self.process.stdout: print(said, end='', flush=True)
         code = self.process.wait()
@@ -52,8 +49,9 @@ class RunPoint:
     def checkpoint(self):
         "Stop after the step at hand, and ask to be put back into the queue"
         from submitit.helpers import DelayedSubmission
-        self.process.stdin.close()
-        self.process.wait()
+        if self.process:  # else it had not begun
+            self.process.stdin.close()
+            self.process.wait()
         return DelayedSubmission(RunPoint(self.given, self.name))
 
 def job_folder(
@@ -101,12 +99,11 @@ def submit(
 ):                  # submitit's job
     "Give a run to the queue; ValueError if it is refused"
     import submitit
-    given = {k: v for k, v in check_parameters(point.given).items() if v != DEFAULTS.get(k)}
     executor = submitit.SlurmExecutor(job_folder(point.record), max_num_timeout=10**6)
     executor.update_parameters(job_name=point.record.name, time=max(1, round(60*hours)), stderr_to_stdout=True, additional_parameters=options, setup=[
         f'export SUBMITIT_PREEMPT_SIGNAL={submitit.JobEnvironment.USR_SIG}',
         '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'])  # srun no longer takes it over by itself
-    try: return executor.submit(RunPoint(given, point.record.name))
+    try: return executor.submit(RunPoint(asked(point), point.record.name))
     except (OSError, RuntimeError, submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         said = [line for line in str(error).splitlines() if 'error:' in line]
         raise ValueError(f"sbatch refuses the job: {said[0].split('error: ')[-1] if said else first_line(error)}") from None

@@ -8,14 +8,13 @@ __all__ = ['stock', 'score', 'main']
 # %% ../nbs/06_known.ipynb #68cd897e
 import argparse
 from pathlib import Path
-import timm, torch
-import torch.nn.functional as F
+import numpy, timm, torch
 from safetensors.torch import load_file
-from timm.utils import accuracy
 from torch import nn
 from .data import PIPELINES, Source, Views, load_source, loader, pipelines
 from .processes import first_line
 from .stats import wilson
+from .training import tally
 
 # %% ../nbs/06_known.ipynb #ef64de15
 def stock(
@@ -27,8 +26,9 @@ def stock(
     path = Path(weights)
     if path.suffix in ('.safetensors', '.pth', '.pt'):
         if not path.is_file(): raise ValueError(f'no file {weights}: give the weights of a stock timm network as .safetensors, .pth or .pt, or the name of one that timm knows')
-        model = timm.create_model(arch, num_classes=classes)
-        try: model.load_state_dict(load_file(path) if path.suffix == '.safetensors' else torch.load(path, weights_only=True, map_location='cpu'))
+        try:
+            model = timm.create_model(arch, num_classes=classes)
+            model.load_state_dict(load_file(path) if path.suffix == '.safetensors' else torch.load(path, weights_only=True, map_location='cpu'))
         except Exception as error: raise ValueError(f'{weights} does not fit {arch} with {classes} classes ({first_line(error)}): give its arch, and data with as many classes') from None
         return model.eval()
     try: model = timm.create_model(weights, pretrained=True)
@@ -50,14 +50,13 @@ def score(
     "Accuracy on the test images"
     views = Views(source.val, range(len(source.val)), pipelines(source, size, pipeline), train=False)
     device = next(model.parameters()).device
-    right, loss, n, five = [0, 0], 0., 0, min(5, len(source.classes))
+    total, n = numpy.zeros(3), 0
     for x, y, _ in loader(views, batch_size=batch_size, shuffle=False, workers=workers):
-        logits, y = model(x.to(device)), y.to(device)
-        right = [r+round(a.item()*len(y)/100) for r, a in zip(right, accuracy(logits, y, topk=(1, five)), strict=True)]
-        loss, before, n = loss+F.cross_entropy(logits, y, reduction='sum').item(), n, n+len(y)
-        if n//5000 > before//5000: show(f'{n:,} of {len(source.val):,} images: top-1 {100*right[0]/n:.2f} %')
-    top1 = wilson(right[0], n)
-    return dict(top1=top1.value, low=top1.low, high=top1.high, top5=100*right[1]/n, loss=loss/n, images=n)
+        total += tally(model(x.to(device)), y.to(device))
+        before, n = n, n+len(y)
+        if n//5000 > before//5000: show(f'{n:,} of {len(source.val):,} images: top-1 {100*total[1]/n:.2f} %')
+    top1 = wilson(total[1], n)
+    return dict(top1=top1.value, low=top1.low, high=top1.high, top5=100*total[2]/n, loss=total[0]/n, images=n)
 
 # %% ../nbs/06_known.ipynb #11359482
 def main(

@@ -6,9 +6,9 @@
 __all__ = ['OWN', 'Point', 'RESULTS', 'ALIKE', 'STOPPED', 'Job', 'Outcome', 'FACTORS', 'SHORT', 'THIRD', 'HELD_OUT', 'PROBES',
            'BOUNDS', 'PROBE_STEPS', 'GRIDS', 'sweep_parameters', 'expand', 'resolve', 'plan', 'unfinished_notebook',
            'over', 'steps_done', 'evaluations', 'paces', 'seconds_left', 'together', 'in_words', 'overview',
-           'stop_with_parent', 'in_palette', 'lighten', 'execute', 'main', 'launch', 'complaint', 'run_points',
-           'wait_for_one', 'sweep', 'preview', 'raise_failed', 'shortened', 'setting', 'scores', 'best', 'tuning',
-           'write_tuned', 'middle', 'narrowed', 'bisection', 'survivors']
+           'stop_with_parent', 'in_palette', 'lighten', 'execute', 'main', 'asked', 'start', 'launch', 'complaint',
+           'run_points', 'wait_for_one', 'sweep', 'preview', 'raise_failed', 'shortened', 'setting', 'scores', 'best',
+           'tuning', 'write_tuned', 'middle', 'narrowed', 'bisection', 'survivors']
 
 # %% ../nbs/06_sweeps.ipynb #56f6d098
 import base64, io, itertools, json, math, os, signal, subprocess, sys, tempfile, threading, time
@@ -256,15 +256,29 @@ def main(
 # %% ../nbs/06_sweeps.ipynb #9e59451c
 Job = namedtuple('Job', 'point process log')
 
+def asked(
+    point:Point,    # of a grid
+)->dict:            # parameters that differ from their defaults
+    "What a point has to be told"
+    return {k: v for k, v in check_parameters(point.given).items() if v != DEFAULTS.get(k)}
+
+def start(
+    given:dict,     # parameters of a run
+    name:str,       # of its folder
+    threads,        # for the arithmetic of the run
+    **streams,      # where its output goes, as `subprocess.Popen` takes it
+)->subprocess.Popen:# its input is a pipe, and closing that stops the run
+    "Start one run in a process of its own"
+    env = os.environ | dict.fromkeys(['OMP_NUM_THREADS', 'MKL_NUM_THREADS'], str(threads))
+    return subprocess.Popen([sys.executable, '-m', 'nwrepro.sweeps', json.dumps(given), name], stdin=subprocess.PIPE, cwd=project_root(), env=env, **streams)
+
 def launch(
     point:Point,    # of a grid
     threads:int,    # for the arithmetic of the run
 )->Job:             # under way
     "Start one point"
-    given = {k: v for k, v in check_parameters(point.given).items() if v != DEFAULTS.get(k)}
-    log, env = tempfile.TemporaryFile('w+'), os.environ | dict.fromkeys(['OMP_NUM_THREADS', 'MKL_NUM_THREADS'], str(threads))
-    command = [sys.executable, '-m', 'nwrepro.sweeps', json.dumps(given), point.record.name]
-    return Job(point, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, cwd=project_root(), env=env), log)
+    log = tempfile.TemporaryFile('w+')
+    return Job(point, start(asked(point), point.record.name, threads, stdout=log, stderr=log), log)
 
 # %% ../nbs/06_sweeps.ipynb #7951978c
 def complaint(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Split', 'PACE', 'EXITS', 'make_views', 'first_images', 'make_model', 'make_optimizer', 'make_schedule', 'pace_of',
-           'start', 'logits_of', 'seed_step', 'gradient', 'train_step', 'share', 'evaluate', 'probe', 'checkpoint',
-           'resume', 'due', 'at_most_every', 'log_train', 'log_eval', 'recorded', 'steps_of_epoch', 'evaluated',
-           'to_the_end', 'finish', 'diverged', 'command', 'stop', 'fit', 'about', 'changed', 'begin_run', 'fit_on_many',
-           'own_run', 'prepare', 'train', 'parser', 'main']
+           'start', 'logits_of', 'seed_step', 'gradient', 'train_step', 'share', 'tally', 'evaluate', 'probe',
+           'checkpoint', 'resume', 'due', 'at_most_every', 'log_train', 'log_eval', 'recorded', 'steps_of_epoch',
+           'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop', 'fit', 'about', 'changed', 'begin_run',
+           'fit_on_many', 'own_run', 'prepare', 'train', 'parser', 'main']
 
 # %% ../nbs/06_training.ipynb #c3b2d7f3
 import argparse
@@ -210,6 +210,14 @@ def share(
     return loader(views, *args, workers=state.workers, process=state.team.process_index, processes=state.team.num_processes, **kwargs)
 
 # %% ../nbs/06_training.ipynb #5f457b3c
+def tally(
+    logits:torch.Tensor,    # `[N, classes]`
+    y:torch.Tensor,         # labels, `[N]`
+)->tuple:                   # summed loss in nats, images right at first and within five guesses
+    "What a batch adds to an evaluation"
+    top1, top5 = accuracy(logits, y, topk=(1, min(5, logits.shape[1])))
+    return F.cross_entropy(logits, y, reduction='sum').item(), round(top1.item()*len(y)/100), round(top5.item()*len(y)/100)
+
 @torch.no_grad()
 def evaluate(
     state:SimpleNamespace,  # a run under way
@@ -220,8 +228,7 @@ def evaluate(
     total, rows, alone = numpy.zeros(3), [], state.team.num_processes == 1
     for x, y, i in share(state, views, batch_size=max(state.recipe.batch_size, 64), shuffle=False, drop_last=False):
         logits, y = logits_of(state, x), y.to(state.accelerator.device)
-        top1, top5 = accuracy(logits, y, topk=(1, min(5, logits.shape[1])))
-        total += F.cross_entropy(logits, y, reduction='sum').item(), round(top1.item()*len(y)/100), round(top5.item()*len(y)/100)
+        total += tally(logits, y)
         rows += zip(i.tolist(), y.tolist(), logits.argmax(1).tolist(), strict=True)
         if alone: state.asked.stop_here()
     total, [asked] = together(state.team, total, [state.asked.number or 0])

@@ -34,7 +34,7 @@ def test_weights_that_are_not_there_or_do_not_fit_are_one_sentence(tmp_path, mon
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')
     torch.save(timm.create_model('resnet18', num_classes=10).state_dict(), 'ten.pth')
     (tmp_path/'torn.safetensors').write_bytes(b'torn')
-    for weights, arch, sentence in (('gone.pth', 'resnet18', 'no file gone.pth'), ('ten.pth', 'resnet34', 'ten.pth does not fit resnet34 with 10 classes'),
+    for weights, arch, sentence in (('gone.pth', 'resnet18', 'no file gone.pth'), ('ten.pth', 'resnet34', 'ten.pth does not fit resnet34 with 10 classes'), ('ten.pth', 'resnet5', 'ten.pth does not fit resnet5'),
                                     ('torn.safetensors', 'resnet18', 'torn.safetensors does not fit'), ('resnet50.nobody_in1k', 'resnet50', 'timm has no weights resnet50.nobody_in1k here')):
         assert known.main(['--weights', weights, '--arch', arch, '--data', 'digits']) == 2
         assert sentence in capsys.readouterr().out.splitlines()[-1]
