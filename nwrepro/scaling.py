@@ -9,7 +9,7 @@ __all__ = ['LINKS', 'GRADIENT', 'CORES', 'BATCH', 'TRAIN', 'EPOCHS', 'COUNTS', '
 # %% ../nbs/06_scaling.ipynb #b7f64b35
 import argparse, json, tempfile, time
 from pathlib import Path
-import numpy, pandas, timm
+import numpy, pandas, timm, torch
 from .data import Views, load_source, loader, pipelines, project_root, shown
 from .processes import torchrun
 from .roofline import gpu, step_work, survey, work_seconds
@@ -112,6 +112,7 @@ def main(
     except ValueError as error:
         print(error)
         return 2
+    torch.set_num_threads(1)  # as in a process that loads images
     found = dict(core={kind: core_rate(source, kind) for kind in ('period', 'modern')}, all_reduce_s=all_reduce_seconds(), data=source.note, images=min(PHOTOGRAPHS, len(source.val)), provenance=provenance())
     path = project_root()/'reports'/'scaling.json'
     write_atomic(path, json.dumps(found, indent=1)+'\n')
