@@ -1,9 +1,9 @@
 "A sweep through a cluster's queue: a real Slurm of one machine, jobs that are taken away, input that does not fit"
-import json, os, random, shutil, signal, subprocess, sys, time
+import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas, pytest, yaml
 from nwrepro.runs import load_runs, read_metrics
-from slurm import missing, slurm
+from slurm import free_ports, missing, slurm
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(data='digits', arch='resnet18', image_size=16, train_images=256, batch_size=64, epochs=3, eval_every=3, compile='off', checkpoint_minutes=60)
@@ -100,8 +100,10 @@ for own, variables in json.loads(sys.argv[2]):
 
 @pytest.mark.slow
 def test_what_the_queue_refuses_is_one_sentence(project, queue):
+    gone = project/'slurm.conf'  # of a controller that is not there
+    gone.write_text(re.sub('SlurmctldPort=.*', f'SlurmctldPort={free_ports(1)[0]}', Path(queue['SLURM_CONF']).read_text()))
     cases = [(dict(sbatch='--partition=gpus'), {}, 'sbatch refuses the job: invalid partition specified: gpus'), (dict(sbatch='-p gpus'), {}, "'-p' is no option"),
-             (dict(given=dict(fresh=True)), {}, 'fresh = True would start'), ({}, dict(SLURM_CONF='/nowhere/slurm.conf'), 'cluster = slurm gets no answer from squeue')]
+             (dict(given=dict(fresh=True)), {}, 'fresh = True would start'), ({}, dict(SLURM_CONF=str(gone)), 'cluster = slurm gets no answer from squeue')]
     (project/'refused.py').write_text(REFUSED)
     words = json.dumps(SMALL | dict(norm='wn')), json.dumps([(own, variables) for own, variables, _ in cases])
     done = subprocess.run([sys.executable, 'refused.py', *words], cwd=project, env=environment(queue), capture_output=True, text=True, timeout=300)
