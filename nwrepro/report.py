@@ -252,7 +252,7 @@ PAGE = '''<!doctype html>
 <h2 id="settings">Results by setting</h2>
 {% if settings.rows %}<p>A row per scheme and setting: runs started, finished and diverged; means and 95 % intervals (from n = 3) of test and training accuracy, percent.</p>{{ grid(settings) }}{% else %}<p>No runs, so no settings.</p>{% endif %}
 {% if scaling %}<h2 id="scaling">Many cards: a prediction</h2>
-<p>Not measured: what 1 to 64 cards would make of ResNet-50 at 224 px, global batch 256 in bf16, by the model of <code>nbs/06_scaling.ipynb</code>: compute (roofline of <code>wn</code>), ring all-reduce of 102 MB, and input. {{ scaling.sentence }} <code>bn</code> with <code>bn_batch</code> 32 can share such a batch among eight cards at most.</p>{{ grid(scaling.table) }}{% endif %}
+<p>Not measured: what 1 to 64 cards would make of ResNet-50 at 224 px, global batch 256 in bf16, by the model of <code>nbs/06_scaling.ipynb</code>: compute (roofline of <code>wn</code>), ring all-reduce of 102 MB, and input. Peaks and links are of data sheets, from memory, unverified; that convolutions reach a quarter of the peak is our choice. {{ scaling.sentence }} <code>bn</code> with <code>bn_batch</code> 32 can share such a batch among eight cards at most.</p>{{ grid(scaling.table) }}{% endif %}
 <h2 id="runs">All runs</h2>
 {% if runs.rows %}<p>Each row links what the run left: its executed notebook, if a sweep ran it, its config, metrics and summary.</p>{{ grid(runs) }}{% else %}<p>No runs in <code>{{ place }}</code>. Make one, on handwritten digits and in a few minutes, and this page again:</p><pre tabindex="0">papermill nbs/train.ipynb reports/wn.ipynb -p norm wn
 {{ again }}</pre>{% endif %}
