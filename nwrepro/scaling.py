@@ -42,7 +42,8 @@ def image_seconds(
     card:str,       # row of `roofline.SHEETS`
 )->float:           # seconds
     "Compute of one image under `wn` on one card, by the roofline"
-    parts = survey(convert(timm.create_model('resnet50'), 'none').eval(), 224)
+    with torch.device('meta'): model = convert(timm.create_model('resnet50'), 'none').eval()  # sizes without memory
+    parts = survey(model, 224)
     return float(work_seconds(step_work(parts, 'wn', BATCH, 'bf16', 'cuda'), gpu(card, 'bf16', REACHED)).sum()/BATCH)
 
 def scaling(
