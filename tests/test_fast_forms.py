@@ -49,7 +49,7 @@ def train(model, fast, steps, layout=torch.contiguous_format):
 def relative(a, b): return ((a-b).abs().max()/b.abs().max().clamp(min=1e-30)).item()
 
 @pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
-@pytest.mark.parametrize('arch, steps', (('resnet18', 5), ('resnet26', 5)))
+@pytest.mark.parametrize('arch, steps', (('resnet18', 3), ('resnet26', 3)))
 @pytest.mark.parametrize('norm', PLAIN)
 def test_trains_as_the_plain_form(norm, arch, steps, layout, monkeypatch):
     plain, fast = pair(norm, arch, monkeypatch, layout)
@@ -61,7 +61,7 @@ def test_trains_as_the_plain_form(norm, arch, steps, layout, monkeypatch):
     assert relative(fast.eval()(x), plain.eval()(x)) < 1e-9
 
 @pytest.mark.slow
-@pytest.mark.parametrize('norm', PLAIN)
+@pytest.mark.parametrize('norm', ('wn', 'trelu'))
 def test_a_hundred_steps(norm, monkeypatch):
     plain, fast = pair(norm, 'resnet18', monkeypatch, torch.channels_last)
     assert relative(train(fast, True, 100, torch.channels_last), train(plain, False, 100, torch.channels_last)) < 1e-9

@@ -81,8 +81,8 @@ def test_processes_and_micro_batches_make_the_same_steps(project):
 
 @pytest.mark.slow
 def test_steps_of_every_scheme(project):
-    compared(project, SCHEMES, 8, 2)
-    compared(project, SCHEMES, 4, 4, bn_batch=16)
+    compared(project, SCHEMES, 4, 2)
+    compared(project, SCHEMES, 2, 4, bn_batch=16)
 
 def test_first_gradients_in_single_precision(project):
     jobs = [(SMALL | dict(norm=norm), None, 1, norm) for norm in ('bn', 'wn', 'np')]
@@ -230,8 +230,8 @@ def listening(port):
     with socket.socket() as s: return s.connect_ex(('localhost', port)) == 0
 
 @pytest.mark.slow
-def test_a_host_that_dies_is_replaced_five_times(project):
-    given, port = SMALL | dict(norm='bn', precision='fp64', epochs=6, train_images=256, eval_every=6, checkpoint_steps=1), free_port()
+def test_a_host_that_dies_is_replaced_twice(project):
+    given, port = SMALL | dict(norm='bn', precision='fp64', epochs=3, train_images=256, eval_every=3, checkpoint_steps=1), free_port()
     (project/'alone').mkdir()
     shutil.copy(ROOT/'settings.ini', project/'alone')
     trained(project/'alone', None, **given)
@@ -239,7 +239,7 @@ def test_a_host_that_dies_is_replaced_five_times(project):
     while not listening(port): time.sleep(0.1)  # it keeps the list of hosts, and must not be the one that dies
     steps = lambda: [int(path.name.split('-')[1]) for path in project.glob('data/checkpoints/*/step-*.pt')]
     reached, deadline = 0, time.monotonic()+500
-    for _ in range(5):
+    for _ in range(2):
         second = agents(project, port, given)
         while max(steps(), default=0) < reached+2:
             assert time.monotonic() < deadline and first.poll() is None, '\n'.join([*first.communicate(), *second.communicate()])
@@ -252,7 +252,7 @@ def test_a_host_that_dies_is_replaced_five_times(project):
     assert first.returncode == 0 and second.returncode == 0, out+err
     name = run_of(project).name
     resumed = [line['step'] for line in read_metrics(project/'reports/runs'/name/'metrics.jsonl') if line['event'] == 'resume']
-    assert len(resumed) == 5 and sorted(set(resumed)) == resumed
+    assert len(resumed) == 2 and sorted(set(resumed)) == resumed
     final, alone = (load_file(folder/'data/checkpoints'/name/'final.safetensors') for folder in (project, project/'alone'))
     assert furthest(alone, final) < 1e-9
 
