@@ -1,7 +1,7 @@
 """ImageNet, dry: the first steps of a full-size run on a folder that only looks like ImageNet.
 
 python tools/dry_imagenet.py PHOTOGRAPHS SCRATCH [--norms bn none wn np trelu] [--recipes paper modern] [--steps 2] [--micro_batch 32]
-PHOTOGRAPHS holds JPEGs in folders. They are hard-linked, in turn, into the thousand class folders of SCRATCH/imagenet, two to train on and one to test on each,
+PHOTOGRAPHS holds JPEGs in folders. They are hard-linked, in turn, into the thousand class folders of SCRATCH/imagenet, one to train on and one to test on each,
 so that nothing is learned; what is tried are the sizes: 1,000 classes, 224 px, global batch 256, 120 (90) epochs scheduled. Each run is killed after its first
 step, goes on with the same command, evaluates, and is listed; at the end the report is made of all, in SCRATCH/reports."""
 import argparse, itertools, json, os, shutil, signal, subprocess, sys, time
@@ -16,9 +16,9 @@ def lay_out(photographs, home):
     "A folder per class of ILSVRC2012, with hard links"
     pictures = itertools.cycle(sorted(p for p in Path(photographs).rglob('*') if p.suffix.lower() in ('.jpg', '.jpeg')))
     for name in ImageNetInfo('imagenet-1k').label_names():
-        for split, n in (('train', 2), ('val', 1)):
+        for split in ('train', 'val'):
             (home/split/name).mkdir(parents=True)
-            for k in range(n): os.link(next(pictures), home/split/name/f'{name}_{k}.JPEG')
+            os.link(next(pictures), home/split/name/f'{name}_{split}.JPEG')
 
 def start(scratch, flags):
     return subprocess.Popen([sys.executable, '-m', 'nwrepro.training', *flags], cwd=scratch, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
