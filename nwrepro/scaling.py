@@ -40,11 +40,12 @@ PHOTOGRAPHS = 200                        # that the rate of a core is measured o
 
 def image_seconds(
     card:str,       # row of `roofline.SHEETS`
+    norm:str='wn',  # scheme
 )->float:           # seconds
-    "Compute of one image under `wn` on one card, by the roofline"
+    "Compute of one image on one card, by the roofline"
     with torch.device('meta'): model = convert(timm.create_model('resnet50'), 'none').eval()  # sizes without memory
     parts = survey(model, 224)
-    return float(work_seconds(step_work(parts, 'wn', BATCH, 'bf16', 'cuda'), gpu(card, 'bf16', REACHED)).sum()/BATCH)
+    return float(work_seconds(step_work(parts, norm, BATCH, 'bf16', 'cuda'), gpu(card, 'bf16', REACHED)).sum()/BATCH)
 
 def scaling(
     core:float,     # images per second that one core prepares

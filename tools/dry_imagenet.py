@@ -1,6 +1,6 @@
 """ImageNet, dry: the first steps of a full-size run on a folder that only looks like ImageNet.
 
-python tools/dry_imagenet.py PHOTOGRAPHS SCRATCH [--norms bn none wn np trelu] [--recipes paper modern] [--steps 2] [--micro_batch 32]
+python tools/dry_imagenet.py PHOTOGRAPHS SCRATCH [--norms bn none wn np trelu] [--recipes paper modern] [--steps 2] [--micro_batch 32] [--precision bf16]
 PHOTOGRAPHS holds JPEGs in folders. They are hard-linked, in turn, into the thousand class folders of SCRATCH/imagenet, one to train on and one to test on each,
 so that nothing is learned; what is tried are the sizes: 1,000 classes, 224 px, global batch 256, 120 (90) epochs scheduled. Each run is killed after its first
 step, goes on with the same command, evaluates, and is listed; at the end the report is made of all, in SCRATCH/reports."""
@@ -50,6 +50,7 @@ def main():
     parser.add_argument('--recipes', nargs='+', default=['paper', 'modern'])
     parser.add_argument('--steps', type=int, default=2)
     parser.add_argument('--micro_batch', type=int, default=32)
+    parser.add_argument('--precision', default='bf16')
     asked = parser.parse_args()
     home = asked.scratch/'imagenet'
     if not home.exists(): lay_out(asked.photographs, home)
@@ -57,7 +58,7 @@ def main():
     (asked.scratch/'settings.ini').touch()
     print(*check_imagenet(asked.scratch.resolve()), sep='\n', flush=True)
     for recipe, norm in itertools.product(asked.recipes, asked.norms):
-        given = dict(norm=norm, recipe=recipe, data='imagenet', data_dir=asked.scratch.resolve(), max_steps=asked.steps, micro_batch=asked.micro_batch, checkpoint_steps=1)
+        given = dict(norm=norm, recipe=recipe, data='imagenet', data_dir=asked.scratch.resolve(), max_steps=asked.steps, micro_batch=asked.micro_batch, precision=asked.precision, checkpoint_steps=1)
         print(recipe, norm, tried(asked.scratch, given), flush=True)
     shutil.copy(ROOT/'nbs/report.ipynb', asked.scratch/'nbs')
     subprocess.run([sys.executable, '-m', 'papermill', 'nbs/report.ipynb', 'reports/report.ipynb'], cwd=asked.scratch, check=True, capture_output=True)
