@@ -79,6 +79,7 @@ def upright(
 # %% ../nbs/03_data.ipynb #2675fa01
 class Images:
     "Labelled images that are opened one at a time"
+    remedy = 'put a whole JPEG or PNG file in its place, or delete it'  # for an image that can't be read
     def __init__(self,
         items,                  # `items[i][0]` is image `i` or an open image file: a list, a torchvision data set, a timm reader
         labels:list[int],       # class of each image
@@ -100,19 +101,20 @@ class Images:
             image = self.items[i][0]
             if isinstance(image, Image.Image): return upright(image)
             with image: return upright(Image.open(image))
-        except Exception as error: raise unreadable(self.path(i), error, self.root) from None
+        except Exception as error: raise unreadable(self, i, error) from None
 
 # %% ../nbs/03_data.ipynb #1ce32080
 def unreadable(
-    path:str,           # file that was to be read
+    images:Images,      # one split
+    i:int,              # which image was to be read
     error:Exception,    # what went wrong
-    root:str|None=None, # folder of all images, if they are files
 )->ValueError:          # error to raise
     "One sentence that names the file and what to do"
+    path, root = images.path(i), images.root
     if root and not Path(root).exists(): return ValueError(f"image {path} is gone, with all of {root}: bring the folder back and give the same command again")
     no_image = isinstance(error, (UnidentifiedImageError, SyntaxError))
     why = 'it is empty or not an image' if no_image else str(error).partition('\n')[0] or type(error).__name__
-    return ValueError(f"image {path} cannot be read ({why}): put a whole JPEG or PNG file in its place, or delete it")
+    return ValueError(f"image {path} cannot be read ({why}): {images.remedy}")
 
 # %% ../nbs/03_data.ipynb #4a8b76fc
 def mark(
@@ -125,7 +127,7 @@ def mark(
         image = images.items[i][0]
         if isinstance(image, Image.Image): return zlib.crc32(image.tobytes())
         with image: return image.seek(0, io.SEEK_END)
-    except OSError as error: raise unreadable(images.path(i), error) from None
+    except OSError as error: raise unreadable(images, i, error) from None
 
 # %% ../nbs/03_data.ipynb #74ea8485
 def fingerprint(

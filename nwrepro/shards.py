@@ -123,6 +123,7 @@ class Shards:
 
 class ShardImages(Images):
     "Labelled images in shards, named by shard and member"
+    remedy = 'copy the shard again, or write the shards anew without this image'
     def name(self, i): return f"{self.split}/{self.items.table['name'][i].decode()}"
     def path(self, i): return f"{self.items.table['name'][i].decode()} in {self.items.paths[self.items.table['shard'][i]]}"
 

@@ -78,6 +78,14 @@ def test_a_shard_that_is_cut_or_missing_is_one_sentence(few, tmp_path, monkeypat
     assert 'holds neither train-*.tar nor val-*.tar' in capsys.readouterr().out.splitlines()[-1]
     assert not Path('reports').exists()
 
+def test_a_damaged_image_names_its_shard(few, tmp_path):
+    shutil.copytree(few[1]/'few-wds', tmp_path/'few-wds')
+    images = load_source('wds/few-wds', tmp_path).train
+    with (tmp_path/'few-wds/train-000000.tar').open('r+b') as f:
+        f.seek(int(images.items.table['offset'][0]))
+        f.write(bytes(100))
+    with pytest.raises(ValueError, match=r'image \S+ in \S+train-000000.tar cannot be read .*: copy the shard again'): images.load(0)
+
 @pytest.mark.slow
 def test_memory_stays_over_an_epoch(imagenette, tmp_path):
     done = subprocess.run([sys.executable, ROOT/'tools/bench_stream.py', str(imagenette), str(tmp_path), '20000'], env=os.environ | dict(PYTHONPATH=str(ROOT)), capture_output=True, text=True, timeout=600)

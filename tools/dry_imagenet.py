@@ -28,7 +28,7 @@ def tried(scratch, given):
     flags, begin = [word for name, value in given.items() for word in (f'--{name}', str(value))], time.perf_counter()
     before = set(Path(scratch, 'reports/runs').glob('*'))
     first = start(scratch, flags)
-    while first.poll() is None and not list(Path(scratch).glob('data/checkpoints/*/step-*1.pt')): time.sleep(0.2)
+    while first.poll() is None and not list(Path(scratch).glob('data/checkpoints/*/step-*.pt')): time.sleep(0.2)
     if first.poll() is not None: raise SystemExit(first.communicate()[0])
     first.send_signal(signal.SIGKILL)
     first.communicate()
