@@ -274,7 +274,7 @@ def start(
 
 def launch(
     point:Point,    # of a grid
-    threads:int,    # for the arithmetic of the run
+    threads,        # for the arithmetic of the run
 )->Job:             # under way
     "Start one point"
     log = tempfile.TemporaryFile('w+')
@@ -299,9 +299,10 @@ def run_points(
 )->dict:            # name of a run -> what went wrong
     "Run what is not over; a point that fails does not stop the rest"
     waiting, running, failed = [p for p in points if not over(p)], [], {}
+    threads = os.environ.get('OMP_NUM_THREADS') or max(1, machine()['cores']//jobs)
     try:
         while waiting or running:
-            while waiting and len(running) < jobs: running.append(launch(waiting.pop(0), max(1, machine()['cores']//jobs)))
+            while waiting and len(running) < jobs: running.append(launch(waiting.pop(0), threads))
             show([job.point.record.name for job in running], failed)
             wait_for_one(running)
             for job in [job for job in running if job.process.poll() is not None]:
