@@ -313,8 +313,8 @@ def missing(
 )->str:
     "What to say where no setting has a finished run of each scheme"
     wanted = complete(runs).query('norm in @norms')
-    broken = int((wanted.status == 'diverged').sum())
-    had = f' ({broken} of {len(wanted)} such runs diverged)' if broken else ''
+    marks = {'diverged': wanted.status == 'diverged', 'were cut short by max_steps and do not count': wanted.max_steps.notna()}
+    had = ''.join(f' ({mark.sum()} of {len(wanted)} such runs {words})' for words, mark in marks.items() if mark.any())
     return (f"no setting has a finished run of each of {', '.join(norms)}{had}; `papermill nbs/train.ipynb reports/{norms[-1]}.ipynb -p norm {norms[-1]} -p seed 0` "
             f'makes one, and three seeds of each scheme can decide')
 
