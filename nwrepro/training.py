@@ -536,7 +536,7 @@ def fit_on_many(
         while True:
             try:
                 for line in map(str.rstrip, started.stdout):
-                    show(line)
+                    if not line.startswith('{'): show(line)  # the summary is returned
                     watch(run)
                 break
             except KeyboardInterrupt: started.send_signal(signal.SIGINT)

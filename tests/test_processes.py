@@ -153,6 +153,7 @@ def test_a_flag_starts_processes_and_the_stop_button_reaches_them_once(project):
     code, out, err = ran(project, None, '-m', 'nwrepro.training', *flags(LONGER | dict(processes=2)))
     summary = json.loads((run_of(project)/'summary.json').read_text())
     assert code == 0 and 'resumed after step' in out and (summary['status'], summary['processes']) == ('finished', 2), out+err
+    assert out.count("'finished'") == 1
     code, out, err = ran(project, None, '-m', 'nwrepro.training', *flags(LONGER | dict(processes=2)))
     assert code == 0 and 'resumed' not in out and "'finished'" in out
 
