@@ -49,13 +49,13 @@ def train(model, fast, steps, layout=torch.contiguous_format):
 def relative(a, b): return ((a-b).abs().max()/b.abs().max().clamp(min=1e-30)).item()
 
 @pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
-@pytest.mark.parametrize('arch, steps', (('resnet18', 3), ('resnet26', 3)))
+@pytest.mark.parametrize('arch', ('resnet18', 'resnet26'))
 @pytest.mark.parametrize('norm', PLAIN)
-def test_trains_as_the_plain_form(norm, arch, steps, layout, monkeypatch):
+def test_trains_as_the_plain_form(norm, arch, layout, monkeypatch):
     plain, fast = pair(norm, arch, monkeypatch, layout)
     x = torch.randn(2, 3, 32, 32).double().contiguous(memory_format=layout)
     assert relative(fast(x), plain(x)) < 1e-9
-    assert relative(train(fast, True, steps, layout), train(plain, False, steps, layout)) < 1e-9
+    assert relative(train(fast, True, 5, layout), train(plain, False, 5, layout)) < 1e-9
     saved = fast.state_dict()
     for name, value in plain.state_dict().items(): assert relative(saved[plain_name(name, fast)], value) < 1e-9, name
     assert relative(fast.eval()(x), plain.eval()(x)) < 1e-9

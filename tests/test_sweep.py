@@ -168,6 +168,17 @@ def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
     with pytest.raises(ValueError, match='finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, zero_init False, batch_size 10 '):
         preview(SMALL | dict(norm='wn', lr='tuned', batch_size=10), 'points')
 
+@pytest.mark.parametrize('given, threads', [('3', '3'), (None, 2)])
+def test_threads_are_those_of_the_environment_or_a_share_of_the_cores(given, threads, elsewhere, monkeypatch):
+    class Launched(Exception): pass
+    def launch(point, threads): raise Launched(threads)
+    monkeypatch.setattr(sweeps, 'launch', launch)
+    monkeypatch.setattr(sweeps, 'machine', lambda: dict(cores=8))
+    if given: monkeypatch.setenv('OMP_NUM_THREADS', given)
+    else: monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    with pytest.raises(Launched) as told: sweeps.run_points(plan([SMALL | dict(norm='wn')]), 4, lambda running, failed: None)
+    assert told.value.args == (threads,)
+
 @pytest.mark.parametrize('limit', [1e-4, 0.0123, 0.37, 5, 20])
 def test_bisection_encloses_the_largest_rate_that_survives(limit, elsewhere):
     asked, probed = SMALL | dict(norm='wn', seed=[0, 1]), []

@@ -2,7 +2,7 @@
 
 python tools/dry_imagenet.py PHOTOGRAPHS SCRATCH [--norms bn none wn np trelu] [--recipes paper modern] [--steps 2] [--micro_batch 32] [--precision bf16]
 PHOTOGRAPHS holds JPEGs in folders. They are hard-linked, in turn, into the thousand class folders of SCRATCH/imagenet, one to train on and one to test on each,
-so that nothing is learned; what is tried are the sizes: 1,000 classes, 224 px, global batch 256, 120 (90) epochs scheduled. Each run is killed after its first
+so that nothing is learned; what is tried are the sizes: 1,000 classes, 224 px, global batch 256, 120 (`modern`: 100) epochs scheduled. Each run is killed after its first
 step, goes on with the same command, evaluates, and is listed; at the end the report is made of all, in SCRATCH/reports."""
 import argparse, itertools, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
