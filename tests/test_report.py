@@ -344,10 +344,12 @@ def test_tables_sort_and_filter_by_keyboard(browser, made):
         table = tab.locator('#runs ~ .dt-container').first
         column = table.locator('thead th').all_inner_texts().index('top1')
         table.locator('thead th').nth(column).get_by_role('button').press('Enter')
-        values = [float(row.locator('td').nth(column).inner_text() or 0) for row in rows(tab).all()]
+        table.locator('thead th[aria-sort=ascending]').wait_for()  # the rows are put in order a moment after the key
+        values = [float(text or 0) for text in rows(tab).locator(f'td:nth-child({column+1})').all_inner_texts()]
         assert values == sorted(values) and len(set(values)) > 2
         table.get_by_role('searchbox').press_sequentially('diverged')
-        assert rows(tab).count() == 6 and said == []
+        tab.wait_for_function("document.querySelectorAll('#runs ~ .dt-container')[0].querySelectorAll('tbody tr').length == 6")
+        assert said == []
 
 @pytest.mark.slow
 def test_a_figure_enlarges_and_closes_by_keyboard(browser, made):
