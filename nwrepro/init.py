@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INITS', 'blocks', 'layer_parts', 'he_length', 'set_filters', 'he_directions', 'init_torch', 'kappa',
-           'init_norm_preserving', 'normalise_outputs', 'init_data', 'init_np', 'zero_last']
+           'init_norm_preserving', 'normalise_outputs', 'init_data', 'init_np', 'init_even', 'zero_last']
 
 # %% ../nbs/01_init.ipynb #503a6600
 import math
@@ -132,8 +132,18 @@ def init_np(
     for layer, direction in he_directions(model).items():
         set_filters(layer, direction, he_length(layer) if layer is model.fc else 1/1.21)
 
+# %% ../nbs/01_init.ipynb #6d0f3c1e
+@torch.no_grad()
+def init_even(
+    model:nn.Module,           # timm ResNet converted to `trelu`, changed in place
+    x:torch.Tensor|None=None,  # not used
+)->None:
+    "As `torch`, with residual and shortcut of equal weight wherever they meet"
+    init_torch(model)
+    for block, _ in blocks(model): block.join.u.fill_(1.)
+
 # %% ../nbs/01_init.ipynb #bd896989
-INITS = dict(torch=init_torch, data=init_data, norm_preserving=init_norm_preserving, np=init_np)
+INITS = dict(torch=init_torch, data=init_data, norm_preserving=init_norm_preserving, np=init_np, even=init_even)
 
 # %% ../nbs/01_init.ipynb #ffba34ae
 @torch.no_grad()

@@ -18,7 +18,7 @@ from .surgery import SCHEMES, choose
 Rule = namedtuple('Rule', 'kind words accepts word', defaults=(lambda value: True, None))  # `word` is accepted besides values of the kind
 RULES = dict(
     norm=Rule(str, 'normalization scheme: bn, none, wn, np, trelu or one of your own in SCHEMES'),
-    init=Rule(str, 'initialisation: torch, data, norm_preserving, np; none = the default of the scheme'),
+    init=Rule(str, 'initialisation: torch, data, norm_preserving, np, even; none = the default of the scheme'),
     data=Rule(str, 'data: auto, digits, imagenette, cifar10, cifar10-jpeg, imagenet, folder or another timm data-set string'),
     data_dir=Rule(str, 'folder that holds the data; none = $NWREPRO_DATA, else data/'),
     train_images=Rule(int, 'size of a fixed class-balanced subset of the training images, at least 2; none = all', lambda v: v >= 2),

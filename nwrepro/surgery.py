@@ -88,7 +88,7 @@ SCHEMES = dict(
     wn=Scheme(conv=weight_normalize, norm=no_norm, head=weight_normalize, inits=_inits),
     np=Scheme(conv=weight_normalize, norm=no_norm, act=lambda channels: NPFloor(), join=lambda channels: NPJoin(),
               head=weight_normalize, inits=('np',)),
-    trelu=Scheme(conv=strict, norm=no_norm, act=OnePassTReLU, join=WNJoin, head=weight_normalize),
+    trelu=Scheme(conv=strict, norm=no_norm, act=OnePassTReLU, join=WNJoin, head=weight_normalize, inits=('torch', 'even')),
 )
 
 # %% ../nbs/02_surgery.ipynb #5d1c0a7e
