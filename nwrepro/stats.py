@@ -6,8 +6,8 @@
 __all__ = ['LEAST', 'Estimate', 'SETTING', 'FREE', 'GAPS', 'CLAIMS', 'ITSELF', 'NUMBERS', 'Course', 'LEVELS', 'FAMILY', 'STEEP',
            'MEASURED', 'UNMEASURED', 'SIGNIFICANT', 'mean_interval', 'spelt', 'welch', 'paired', 'wilson', 'answers',
            'mcnemar', 'holm', 'complete', 'comparable', 'ended_well', 'done', 'summarised', 'by_setting', 'arm',
-           'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'place', 'best_setting', 'number', 'table_of',
-           'not_tested', 'missing', 'ruling', 'interval', 'counted', 'gap_claim', 'decide_c1', 'lines_of',
+           'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'kept_power', 'place', 'best_setting', 'number',
+           'table_of', 'not_tested', 'missing', 'ruling', 'interval', 'counted', 'gap_claim', 'decide_c1', 'lines_of',
            'running_accuracy', 'growth', 'gains', 'coherence_rank', 'read_course', 'courses', 'decide_c2', 'epochs_to',
            'decide_c3', 'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'limits',
            'ladder_numbers', 'how_much', 'decide_c6', 'probed', 'early', 'rise', 'decide_c7', 'decide_c8', 'decide_c9',
@@ -259,6 +259,13 @@ def kind_of(
     return 'claim' if all(setting[name] in accepted for name, accepted in ITSELF.items()) else 'analogue'
 
 # %% ../nbs/07_stats.ipynb #07a5058b
+def kept_power(
+    image_size:int, # pixels
+)->float:           # fraction, 0 to 1
+    "What zero padding leaves of the power of a 3x3 filter's output on the last maps of a ResNet, whose side is a thirty-second of the image's"
+    side = math.ceil(image_size/32)
+    return ((3*side-2)/(3*side))**2
+
 def place(
     setting:dict,   # of comparable runs
 )->str:             # opening of a verdict's sentence
@@ -266,7 +273,10 @@ def place(
     where = f"{setting['arch']} on {setting['data']} at {setting['image_size']} px, {setting['epochs']} epochs, recipe {setting['recipe']}"
     named = ('train_images', 'max_steps', 'dropout', 'weight_decay', 'grad_clip')
     where += ''.join(f', {name} {setting[name]:g}' for name in named if setting[name])
-    return f'{where}: ' if kind_of(setting) == 'claim' else f'analogue ({where}), not the claim itself: '
+    if kind_of(setting) == 'claim': return f'{where}: '
+    size = setting['image_size'] or 224  # None = unknown
+    if size < 224: where += f'; padding leaves the last 3x3 filters {kept_power(size):.2f} of their power, {kept_power(224):.2f} at 224 px'
+    return f'analogue ({where}), not the claim itself: '
 
 # %% ../nbs/07_stats.ipynb #fa63a62d
 def best_setting(
