@@ -413,16 +413,15 @@ def depths(
     numbers:pandas.DataFrame,  # as `depth_numbers` makes it
 )->Figure:
     "RMS by residual block, a panel per scheme, a line per probe"
-    schemes = list(numbers['scheme'].unique())
-    fig, axs = plt.subplots(1, len(schemes), figsize=(2.6*len(schemes)+1, 3.4), layout='constrained', sharey=True, squeeze=False)
+    schemes, epochs, lines = list(numbers['scheme'].unique()), sorted(numbers['epoch'].unique()), {}
+    shades = {epoch: plt.cm.viridis_r(0.1+0.9*k/max(1, len(epochs)-1)) for k, epoch in enumerate(epochs)}
+    fig, axs = plt.subplots(1, len(schemes), figsize=(2.6*len(schemes)+2, 3.4), layout='constrained', sharey=True, squeeze=False)
     for ax, norm in zip(axs[0], schemes, strict=True):
-        own = numbers[numbers['scheme'] == norm]
-        for k, (epoch, line) in enumerate(own.groupby('epoch')):
-            shade = plt.cm.viridis_r(0.1+0.9*k/max(1, own['epoch'].nunique()-1))
-            ax.semilogy(line['block'], line['rms'].astype(float), '.-', color=shade, label=f'epoch {epoch:g}')
+        for epoch, line in numbers[numbers['scheme'] == norm].groupby('epoch'):
+            lines[epoch], = ax.semilogy(line['block'], line['rms'].astype(float), '.-', color=shades[epoch])
         ax.set(title=norm, xlabel='residual block')
-        ax.legend(fontsize=7)
     axs[0,0].set_ylabel('RMS of the output')
+    fig.legend([lines[epoch] for epoch in epochs], [f'epoch {epoch:g}' for epoch in epochs], loc='outside right center', fontsize=8, ncols=1+len(epochs)//15)
     plt.close(fig)
     return fig
 
