@@ -224,6 +224,7 @@ def execute(
 )->None:
     "Execute `train.ipynb`, once no other process has the run; what was executed goes to the folder of the run"
     import papermill  # a notebook's package, which importing this module must not load
+    from traitlets.config import Config  # comes with it
     record, root = Record(name), project_root()
     part = unfinished_notebook(record)
     hold(record, wait=-1)
@@ -231,7 +232,9 @@ def execute(
     part.parent.mkdir(parents=True, exist_ok=True)
     source, target = (os.path.relpath(path) for path in (root/'nbs'/'train.ipynb', part))  # both stay in the notebook, and should name no machine's folders
     try:
-        papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root), coalesce_streams=True)
+        with tempfile.TemporaryDirectory() as sockets:  # ports are picked before they are taken, and two runs that start together can pick the same
+            config = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel'))
+            papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root), coalesce_streams=True, config=config)
         lighten(part)
     finally:
         if record.path.is_dir() and part.exists(): os.replace(part, record.path/'train.ipynb')

@@ -222,6 +222,15 @@ def ran(folder, *command):
     out, _ = process.communicate(timeout=300)
     return process.returncode, out
 
+def test_the_kernel_of_a_point_takes_no_port_that_another_could_have(elsewhere):
+    asks = "import json\nfrom ipykernel import get_connection_file\njson.load(open(get_connection_file()))['transport']"
+    cells = [nbformat.v4.new_code_cell('', metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(asks)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='', language='python'))), 'nbs/train.ipynb')
+    record = Record('a-run')
+    record.path.mkdir(parents=True)
+    sweeps.execute({}, 'a-run')
+    assert nbformat.read(record.path/'train.ipynb', 4).cells[-1].outputs[0]['data']['text/plain'] == "'ipc'"
+
 @pytest.mark.slow
 def test_one_sweep_skips_runs_fails_and_diverges(elsewhere):
     asked = SMALL | dict(norm='wn', max_steps=2, lr=[0.01, 0.02, 0.03, 1e6])
