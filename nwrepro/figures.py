@@ -360,26 +360,28 @@ def regularisers(
 def survival_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme and learning rate, then a row per scheme and seed
-    "Who survived which learning rate"
-    ended, rows = runs[runs['status'].isin(['finished', 'diverged'])], []
-    for norm, own in ended.groupby('norm', sort=False):
-        alive = own['status'] == 'finished'
-        rows += [dict(what='survived', scheme=norm, lr=lr, n=len(a), share=a.mean()) for lr, a in alive.groupby(own['lr'])]
-        rows += [dict(what='largest', scheme=norm, lr=part['lr'].max(), seed=seed) for seed, part in own[alive].groupby('seed')]
-    return pandas.DataFrame(rows, columns=['what', 'scheme', 'lr', 'n', 'share', 'seed'])
+    "Who survived which learning rate; a start whose seeds met one rate each shows no limit, and is left out"
+    ended, rows = runs[runs['status'].isin(['finished', 'diverged'])].fillna(dict(init='start not recorded')), []
+    for (norm, init), own in ended.groupby(['norm', 'init'], sort=False):
+        if own.groupby('seed')['lr'].nunique().max() < 2: continue
+        alive, who = own['status'] == 'finished', dict(scheme=norm, init=init)
+        rows += [dict(who, what='survived', lr=lr, n=len(a), share=a.mean()) for lr, a in alive.groupby(own['lr'])]
+        rows += [dict(who, what='largest', lr=part['lr'].max(), seed=seed) for seed, part in own[alive].groupby('seed')]
+    return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'lr', 'n', 'share', 'seed'])
 
 def survival_curves(
     numbers:pandas.DataFrame,  # as `survival_numbers` makes it
 )->Figure:
     "Survival by learning rate, and the largest that was survived"
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    schemes = list(numbers['scheme'].unique())
-    for x, norm in enumerate(schemes):
-        share, largest = (numbers[(numbers['scheme'] == norm) & (numbers['what'] == what)] for what in ('survived', 'largest'))
-        left.semilogx(share['lr'], 100*share['share'], label=norm, **look(norm))
-        right.semilogy([x]*len(largest), largest['lr'], ls='', **look(norm))
+    inits, names = numbers.groupby('scheme')['init'].unique(), []
+    for (norm, init), own in numbers.groupby(['scheme', 'init'], sort=False):
+        share, largest = (own[own['what'] == what] for what in ('survived', 'largest'))
+        names.append(norm if len(inits[norm]) == 1 else f'{norm}\n{init}')
+        left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3], label=names[-1].replace('\n', ', '), **look(norm))
+        right.semilogy([len(names)-1]*len(largest), largest['lr'], ls='', **look(norm))
     left.set(xlabel='learning rate', ylabel='runs that did not diverge, percent', ylim=(-5, 105))
-    right.set(ylabel='largest learning rate survived, per seed', xticks=range(len(schemes)), xticklabels=schemes, xlim=(-0.5, len(schemes)-0.5))
+    right.set(ylabel='largest learning rate survived, per seed', xticks=range(len(names)), xticklabels=names, xlim=(-0.5, len(names)-0.5))
     left.legend(fontsize=8)
     plt.close(fig)
     return fig
@@ -387,10 +389,10 @@ def survival_curves(
 def stability(
     runs:pandas.DataFrame,  # that may be compared
     shelf:Shelf,            # where their records are
-)->Picture|None:            # None where no scheme was run at two learning rates
+)->Picture|None:            # None where no seed of a start met two learning rates
     "C6: survival over learning rates"
     found = survival_numbers(tidy(runs))
-    if found.query('what == "survived"')['scheme'].duplicated().any(): return Picture(survival_curves(found),
+    if len(found): return Picture(survival_curves(found),
         f'Left: share of runs that did not diverge. Right: the largest learning rate that a seed survived, a marker per seed. {describe(tidy(runs), shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #8e57091c
