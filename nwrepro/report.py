@@ -73,7 +73,7 @@ def answer(
     "The answer that opens the page"
     first = next(v for v in verdicts if v.key == 'C1')
     return [f"Gitman & Ginsburg (2017) state that weight normalization, put in the place of batch normalization in ResNet-50 on ImageNet, trains better but ends about 6 % lower in test accuracy, and less stably; this page holds that against {evidence(runs)}.",
-            f"Test accuracy (C1) is {wording(first).removesuffix(' (analogue)')}: {ended(first.why)}",
+            f"Test accuracy (C1) – {wording(first).removesuffix(' (analogue)')}: {ended(first.why)}",
             f"What lies behind it – {tally(verdicts, ['C2', 'C3', 'C4', 'C5'])}.",
             f"Stability, its cause, other networks and cost – {tally(verdicts, ['C6', 'C7', 'C8', 'C9', 'C10', 'C11'])}.",
             conclusion(verdicts)]
