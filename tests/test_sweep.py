@@ -278,7 +278,7 @@ def whole(tmp_path_factory):
 def test_a_sweep_that_was_killed_ends_as_one_that_was_not(elsewhere, whole):
     points = preview(LONG, 'points')
     process = start(elsewhere, *notebook(**LONG, jobs=2))
-    end = time.monotonic()+120
+    end = time.monotonic()+300
     while not all(list(p.record.checkpoints.glob('step-*.pt')) for p in points):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[0]
         time.sleep(0.01)
