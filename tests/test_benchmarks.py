@@ -1,5 +1,5 @@
 "The benchmarks of `tools/` run from end to end, small, and name what they compare; torch's folding of the stock network leaves no batch normalization"
-import importlib.util, re
+import importlib.util, json, re
 import numpy, pytest, timm, torch
 from torch import nn
 
@@ -62,3 +62,15 @@ def test_the_benchmarks_of_the_loop(project, bench):
     done = run_in(project, 'python', f'tools/bench_{bench}.py', *'--norm wn --data digits --arch resnet18 --image_size 16 --batch_size 4'.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('wn, resnet18 on digits, 16 px, batch 4')
+
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ('bn', 'wn'))
+def test_scores_taken_four_ways(project, norm):
+    trained = run_in(project, 'python', '-m', 'nwrepro.training', *f'--norm {norm} --data digits --arch resnet18 --image_size 16 --train_images 100 --batch_size 20 --bn_batch 10 --epochs 3'.split())
+    assert trained.returncode == 0, trained.stderr
+    path, = (project/'reports/runs').glob('*/summary.json')
+    done = run_in(project, 'python', 'tools/score_modes.py', path.parent.name)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found['images'] == 100 and found['top1']['centre crops, eval mode'] == round(json.loads(path.read_text())['train_top1'], 2)
+    assert (found['top1']['random crops, eval mode'] == found['top1']['random crops, batch statistics']) == (norm == 'wn')

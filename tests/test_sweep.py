@@ -224,8 +224,8 @@ def ran(folder, *command):
 
 def test_the_kernel_of_a_point_takes_no_port_that_another_could_have(elsewhere):
     asks = "import json\nfrom ipykernel import get_connection_file\njson.load(open(get_connection_file()))['transport']"
-    cells = [nbformat.v4.new_code_cell('', metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(asks)]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='', language='python'))), 'nbs/train.ipynb')
+    asking = [nbformat.v4.new_code_cell('', metadata=dict(tags=['parameters'])), nbformat.v4.new_code_cell(asks)]
+    nbformat.write(nbformat.v4.new_notebook(cells=asking, metadata=dict(kernelspec=dict(name='python3', display_name='', language='python'))), 'nbs/train.ipynb')
     record = Record('a-run')
     record.path.mkdir(parents=True)
     sweeps.execute({}, 'a-run')
