@@ -298,11 +298,12 @@ def claim_part(
     out:Path,      # folder of the page; holds `figures/`
     place:str,     # folder of runs, as the reader would type it
 )->dict:           # what the template of a claim asks for
-    "One claim's section, its figure saved"
+    "One claim's section, its figure saved in the place of that of an earlier page"
     claim = CLAIMS[verdict.key]
     part = {name: getattr(claim, name) for name in ('key', 'title', 'sentence', 'tag', 'observable', 'rule')}
     part |= dict(verdict=verdict.verdict if verdict.kind == 'claim' else 'analogue', wording=wording(verdict), why=ended(verdict.why),
                  decided=table(verdict.numbers, f'Numbers that decide {verdict.key}'), figure=None)
+    for ending in ('svg', 'png'): (out/'figures'/f'{verdict.key}.{ending}').unlink(missing_ok=True)
     if not picture: return part
     svg, png = save(picture.figure, out/'figures'/verdict.key)
     schemes = ', '.join(picture.numbers['scheme'].unique())

@@ -195,6 +195,15 @@ def test_many_cards_are_a_prediction_and_only_where_something_was_measured(tmp_p
     assert [(card, int(n)) for card, n, *_ in rows] == [(card, n) for card in ('A100 80 GB', 'H100 SXM') for n in (1, 2, 4, 8, 16, 32, 64)]
     for _, n, rate, *_, hours in rows: assert float(hours) == pytest.approx(1_281_167*120/int(rate.replace(',', ''))/3600, rel=0.05, abs=0.05) and int(rate.replace(',', '')) < int(n)*16*130
 
+def test_no_figure_of_the_page_before_is_left(tmp_path):
+    make(tmp_path/'runs')
+    page_of(tmp_path/'runs', tmp_path/'page')
+    figures = tmp_path/'page'/'figures'
+    (figures/'mine.png').touch()
+    assert (figures/'C1.svg').is_file()
+    page_of(tmp_path/'nowhere', tmp_path/'page')
+    assert [p.name for p in figures.iterdir()] == ['mine.png']
+
 def test_page_of_one_run_decides_nothing(tmp_path):
     make(tmp_path/'runs')
     words, _ = check(page_of(tmp_path/'runs', tmp_path/'page'))
