@@ -364,9 +364,10 @@ def survival_numbers(
     ended, rows = runs[runs['status'].isin(['finished', 'diverged'])].fillna(dict(init='start not recorded')), []
     for (norm, init), own in ended.groupby(['norm', 'init'], sort=False):
         if own.groupby('seed')['lr'].nunique().max() < 2: continue
-        alive, who = own['status'] == 'finished', dict(scheme=norm, init=init)
-        rows += [dict(who, what='survived', lr=lr, n=len(a), share=a.mean()) for lr, a in alive.groupby(own['lr'])]
-        rows += [dict(who, what='largest', lr=part['lr'].max(), seed=seed) for seed, part in own[alive].groupby('seed')]
+        alive, who = own[own['status'] == 'finished'], dict(scheme=norm, init=init)
+        largest = alive.groupby('seed')['lr'].max().reindex(sorted(own['seed'].unique()), fill_value=0.)
+        rows += [dict(who, what='survived', lr=lr, n=len(largest), share=(largest >= lr).mean()) for lr in sorted(own['lr'].unique())]
+        rows += [dict(who, what='largest', lr=lr, seed=seed) for seed, lr in largest.items() if lr]
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'lr', 'n', 'share', 'seed'])
 
 def survival_curves(
@@ -380,8 +381,8 @@ def survival_curves(
         names.append(norm if len(inits[norm]) == 1 else f'{norm}\n{init}')
         left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3], label=names[-1].replace('\n', ', '), **look(norm))
         right.semilogy([len(names)-1]*len(largest), largest['lr'], ls='', **look(norm))
-    left.set(xlabel='learning rate', ylabel='runs that did not diverge, percent', ylim=(-5, 105))
-    right.set(ylabel='largest learning rate survived, per seed', xticks=range(len(names)), xticklabels=names, xlim=(-0.5, len(names)-0.5))
+    left.set(xlabel='learning rate', ylabel='seeds that survived, percent', ylim=(-5, 105))
+    right.set(ylabel='largest rate survived, per seed', xticks=range(len(names)), xticklabels=names, xlim=(-0.5, len(names)-0.5))
     left.legend(fontsize=8)
     plt.close(fig)
     return fig
@@ -393,7 +394,7 @@ def stability(
     "C6: survival over learning rates"
     found = survival_numbers(tidy(runs))
     if len(found): return Picture(survival_curves(found),
-        f'Left: share of runs that did not diverge. Right: the largest learning rate that a seed survived, a marker per seed. {describe(tidy(runs), shelf)}', found)
+        f'Left: share of seeds that survived a learning rate or a higher one, a marker per rate that was tried. Right: the largest learning rate that a seed survived, a marker per seed. {describe(tidy(runs), shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #8e57091c
 def depth_numbers(
