@@ -760,11 +760,11 @@ def decide_c7(key, runs, folder=None):
             'undecided otherwise and with fewer than three seeds. A correlation over layers names no cause: beside it stand that of the first probe, which training '
             'had no part in, and those among layers of one place in their blocks, which kinds of layer do not make.')
 def decide_c8(key, runs, folder=None):
-    empty, setting, arms, values = probed(key, runs, folder, lambda course: course.coherence.get(RANK, math.nan))
+    empty, setting, arms, _ = probed(key, runs, folder, lambda course: course.coherence.get(RANK, math.nan))
     if empty: return empty
-    mean = mean_interval(values['wn'])
     ranks = pandas.DataFrame([course.coherence for course in courses(done(arms['wn']), folder)])
     means = {what: mean_interval(ranks[what].dropna()) for what in ranks}
+    mean = means[RANK]
     beside = ''.join(f'; {e.value:.2f} {what.removeprefix(RANK).lstrip(", ")}' for what, e in means.items() if what != RANK)
     why = f"{place(setting)}rank correlation of coherence and gain in wn (init {arms['wn'].init.iloc[0]}): {interval(mean, 'of at most 1')}{beside}"
     return Verdict(key, ruling(mean), kind_of(setting), why, table_of([number(what, 'wn', e, '') for what, e in means.items()]), list(arms['wn'].run))
