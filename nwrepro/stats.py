@@ -361,6 +361,7 @@ def other_start(
     runs:pandas.DataFrame,      # table of runs
     setting:dict,               # in which schemes are compared
     norms:tuple,                # schemes
+    what:str,                   # is measured
     value:Callable,             # finished runs -> one value per run
 )->str:                         # to follow a verdict's sentence; empty where there is nothing to say
     "What the same schemes come to where `zero_init` alone differs, with seeds enough to decide"
@@ -369,7 +370,7 @@ def other_start(
         if [name for name in SETTING if other[name] != setting[name]] != ['zero_init']: continue
         arms = {norm: mine for norm in norms if len(done(mine := arm(group, norm))) >= LEAST}
         values = {norm: found for norm, mine in arms.items() if len(found := value(done(mine).set_index('seed')).dropna())}
-        if values: said += f"; beside it, with zero_init = {other['zero_init']}, not compared: {counted(arms, values, '%')}"
+        if values: said += f"; beside it, not compared, {what} with zero_init = {other['zero_init']}: {counted(arms, values, '%')}"
     return said
 
 def gap_claim(
@@ -390,7 +391,7 @@ def gap_claim(
     label = f'{ahead} - {behind}'
     rows = [number(what, norm, mean_interval(v), '%') for norm, v in values.items()]
     rows += [number(what, label, gap, 'points'), number(f'{what}, paired by seed', label, pair, 'points')]
-    why = f'{place(setting)}{what}, {label}: {interval(gap, "points")}; {counted(arms, values, "%")}{other_start(runs, setting, (ahead, behind), value)}'
+    why = f'{place(setting)}{what}, {label}: {interval(gap, "points")}; {counted(arms, values, "%")}{other_start(runs, setting, (ahead, behind), what, value)}'
     return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), [r for mine in arms.values() for r in mine.run])
 
 # %% ../nbs/07_stats.ipynb #7273e960
