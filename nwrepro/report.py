@@ -332,12 +332,13 @@ def write_page(
     out:str|Path,            # folder of `index.html` and `figures/`, made where it is missing
 )->Path:                     # the page
     "Write `index.html` and its figures"
+    many = scaling_part(scaling.record())  # before anything is written, since a damaged record ends it
     out = Path(out).absolute()
     (out/'figures').mkdir(parents=True, exist_ok=True)
     place = Path(os.path.relpath(shelf.folder, project_root())).as_posix()
     groups = comparable(runs)
     parts = [claim_part(v, pictures.get(v.key), shown(v, groups), out, place) for v in verdicts]
     page = render(answer=answer(verdicts, runs), claims=parts, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
-                  settings=table(by_setting(runs)[SETTING_COLUMNS], 'Results by setting'), scaling=scaling_part(scaling.record()), again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
+                  settings=table(by_setting(runs)[SETTING_COLUMNS], 'Results by setting'), scaling=many, again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
     write_atomic(out/'index.html', page)
     return out/'index.html'

@@ -195,6 +195,15 @@ def test_many_cards_are_a_prediction_and_only_where_something_was_measured(tmp_p
     assert [(card, int(n)) for card, n, *_ in rows] == [(card, n) for card in ('A100 80 GB', 'H100 SXM') for n in (1, 2, 4, 8, 16, 32, 64)]
     for _, n, rate, *_, hours in rows: assert float(hours) == pytest.approx(1_281_167*120/int(rate.replace(',', ''))/3600, rel=0.05, abs=0.05) and int(rate.replace(',', '')) < int(n)*16*130
 
+@pytest.mark.parametrize('text', ['', '{"core": ', '[]', '{"core": {}}', '\x00'])
+def test_a_damaged_measurement_is_named(tmp_path, monkeypatch, text):
+    (tmp_path/'settings.ini').touch()
+    (tmp_path/'reports').mkdir()
+    (tmp_path/'reports/scaling.json').write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='reports/scaling.json is damaged: delete it, or measure again with'): page_of(tmp_path/'nowhere', tmp_path/'page')
+    assert not (tmp_path/'page').exists()
+
 def test_no_figure_of_the_page_before_is_left(tmp_path):
     make(tmp_path/'runs')
     page_of(tmp_path/'runs', tmp_path/'page')
