@@ -6,9 +6,9 @@
 __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'PLACES', 'FIGURES', 'look', 'caption', 'curves',
            'pictures', 'spread', 'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe',
            'per_run', 'points', 'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves',
-           'convergence', 'grid_numbers', 'grid', 'regularisers', 'survival_numbers', 'survival_curves', 'stability',
-           'depth_numbers', 'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain',
-           'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
+           'convergence', 'grid_numbers', 'grid', 'regularisers', 'conditions', 'survival_numbers', 'survival_curves',
+           'stability', 'depth_numbers', 'depths', 'signal_by_depth', 'coherence_numbers', 'scatter',
+           'coherence_and_gain', 'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
 
 # %% ../nbs/08_figures.ipynb #0077c82d
 import itertools, math
@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import pandas, torch
 from matplotlib.figure import Figure
 from .runs import Record
-from .stats import MEASURED, arm, cost_records, gains, mean_interval, place_in_block, step_ratio
+from .stats import ASIDE, MEASURED, arm, cost_records, gains, mean_interval, place_in_block, step_ratio
 
 # %% ../nbs/08_figures.ipynb #fecefd01
 LOOKS = dict(bn=('#0072B2', 'o'), none=('#666666', 's'), wn=('#D55E00', '^'), np=('#009E73', 'D'), trelu=('#CC79A7', 'v'))
@@ -149,7 +149,7 @@ class Shelf:
 
 # %% ../nbs/08_figures.ipynb #aead1050
 NEEDED = ['run', 'status', 'norm', 'init', 'lr', 'seed', 'data', 'arch', 'image_size', 'epochs', 'recipe', 'batch_size', 'dropout', 'weight_decay',
-          'top1', 'train_top1', 'source', 'train_images']
+          'top1', 'train_top1', 'source', 'train_images', 'warmup_epochs', 'grad_clip']
 
 def tidy(
     runs:pandas.DataFrame,  # as `load_runs` gives it, columns missing or not
@@ -357,44 +357,59 @@ def regularisers(
         f'Mean test top-1, percent, by dropout before the classifier and weight decay; the darker, the better. {describe(tidy(runs), shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #98124d78
+def conditions(
+    runs:pandas.DataFrame,  # tidy
+)->pandas.Series:           # of text, 'warmup_epochs 0'; empty for most runs
+    "Warm-up and clipping of each run, where they are not those of most"
+    said = pandas.Series('', runs.index)
+    for name in ASIDE:
+        values = runs[name].map(lambda value: 'none' if pandas.isna(value) else f'{value:g}')
+        if values.nunique() > 1: said += (f', {name} '+values).where(values != values.mode().iloc[-1], '')
+    return said.str.removeprefix(', ')
+
 def survival_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme and learning rate, then a row per scheme and seed
     "Who survived which learning rate; a start whose seeds met one rate each shows no limit, and is left out"
     ended, rows = runs[runs['status'].isin(['finished', 'diverged'])].fillna(dict(init='start not recorded')), []
-    for (norm, init), own in ended.groupby(['norm', 'init'], sort=False):
+    starts = ended.groupby(['norm', 'init', conditions(ended).rename('under')], sort=False)
+    for (norm, init, under), own in sorted(starts, key=lambda start: (list(LOOKS).index(start[0][0]) if start[0][0] in LOOKS else 9, start[0][2] != '')):
         if own.groupby('seed')['lr'].nunique().max() < 2: continue
-        alive, who = own[own['status'] == 'finished'], dict(scheme=norm, init=init)
+        alive, who = own[own['status'] == 'finished'], dict(scheme=norm, init=init, conditions=under)
         largest = alive.groupby('seed')['lr'].max().reindex(sorted(own['seed'].unique()), fill_value=0.)
         rows += [dict(who, what='survived', lr=lr, n=len(largest), share=(largest >= lr).mean()) for lr in sorted(own['lr'].unique())]
         rows += [dict(who, what='largest', lr=lr, seed=seed) for seed, lr in largest.items() if lr]
-    return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'lr', 'n', 'share', 'seed'])
+    return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'conditions', 'lr', 'n', 'share', 'seed'])
 
 def survival_curves(
     numbers:pandas.DataFrame,  # as `survival_numbers` makes it
 )->Figure:
     "Survival by learning rate, and the largest that was survived"
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
     inits, names = numbers.groupby('scheme')['init'].unique(), []
-    for (norm, init), own in numbers.groupby(['scheme', 'init'], sort=False):
+    starts = numbers.groupby(['scheme', 'init', 'conditions'], sort=False)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, max(3.4, 1+0.25*starts.ngroups)), layout='constrained')
+    for (norm, init, under), own in starts:
         share, largest = (own[own['what'] == what] for what in ('survived', 'largest'))
-        names.append(norm if len(inits[norm]) == 1 else f'{norm}\n{init}')
-        left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3], label=names[-1].replace('\n', ', '), **look(norm))
-        right.semilogy([len(names)-1]*len(largest), largest['lr'], ls='', **look(norm))
+        names.append(', '.join(filter(None, [norm, init if len(inits[norm]) > 1 else '', under])))
+        if not under: left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3], label=names[-1], **look(norm))
+        right.semilogx(largest['lr'], [len(names)-1]*len(largest), ls='', **look(norm))
     left.set(xlabel='learning rate', ylabel='seeds that survived, percent', ylim=(-5, 105))
-    right.set(ylabel='largest rate survived, per seed', xticks=range(len(names)), xticklabels=names, xlim=(-0.5, len(names)-0.5))
+    right.set(xlabel='largest rate survived, per seed', yticks=range(len(names)), yticklabels=names, ylim=(len(names)-0.5, -0.5))
+    right.grid(axis='y', color='0.9')
     left.legend(fontsize=8)
     plt.close(fig)
     return fig
 
 def stability(
-    runs:pandas.DataFrame,  # that may be compared
+    runs:pandas.DataFrame,  # that may be compared, warm-up and clipping aside
     shelf:Shelf,            # where their records are
 )->Picture|None:            # None where no seed of a start met two learning rates
     "C6: survival over learning rates"
     found = survival_numbers(tidy(runs))
-    if len(found): return Picture(survival_curves(found),
-        f'Left: share of seeds that survived a learning rate or a higher one, a marker per rate that was tried. Right: the largest learning rate that a seed survived, a marker per seed. {describe(tidy(runs), shelf)}', found)
+    if not len(found): return None
+    cut = ' (under the conditions of most runs)' if found['conditions'].any() else ''
+    return Picture(survival_curves(found), f'Left: share of seeds that survived a learning rate or a higher one{cut}, a marker per rate that was tried. '
+                   f'Right: the largest learning rate that a seed survived, a marker per seed. {describe(tidy(runs), shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #8e57091c
 def depth_numbers(

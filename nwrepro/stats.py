@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'Estimate', 'SETTING', 'FREE', 'GAPS', 'CLAIMS', 'ITSELF', 'NUMBERS', 'Course', 'RANK', 'LEVELS', 'FAMILY',
-           'STEEP', 'MEASURED', 'UNMEASURED', 'SIGNIFICANT', 'mean_interval', 'spelt', 'welch', 'paired', 'wilson',
-           'answers', 'mcnemar', 'holm', 'complete', 'comparable', 'ended_well', 'done', 'summarised', 'by_setting',
-           'arm', 'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'kept_power', 'place', 'best_setting', 'number',
-           'table_of', 'not_tested', 'missing', 'ruling', 'interval', 'counted', 'other_start', 'gap_claim',
-           'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains', 'place_in_block', 'coherence_rank',
-           'coherence_ranks', 'read_course', 'courses', 'decide_c2', 'epochs_to', 'decide_c3', 'decide_c4', 'grids',
-           'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'limits', 'ladder_numbers', 'how_much', 'decide_c6',
-           'probed', 'early', 'rise', 'decide_c7', 'decide_c8', 'decide_c9', 'cost_records', 'step_ratio',
-           'dearest_record', 'kind_of_cost', 'place_of_cost', 'decide_c10', 'decide_c11', 'judge']
+           'ASIDE', 'STANDS', 'STEEP', 'MEASURED', 'UNMEASURED', 'SIGNIFICANT', 'mean_interval', 'spelt', 'welch',
+           'paired', 'wilson', 'answers', 'mcnemar', 'holm', 'complete', 'comparable', 'ended_well', 'done',
+           'summarised', 'by_setting', 'arm', 'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'kept_power',
+           'place', 'best_setting', 'number', 'table_of', 'not_tested', 'missing', 'ruling', 'interval', 'counted',
+           'other_start', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains', 'place_in_block',
+           'coherence_rank', 'coherence_ranks', 'read_course', 'courses', 'decide_c2', 'epochs_to', 'decide_c3',
+           'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'brackets', 'limits', 'ladder_row',
+           'factor_row', 'ladder_numbers', 'how_much', 'apart', 'beside', 'decide_c6', 'probed', 'early', 'rise',
+           'decide_c7', 'decide_c8', 'decide_c9', 'cost_records', 'step_ratio', 'dearest_record', 'kind_of_cost',
+           'place_of_cost', 'decide_c10', 'decide_c11', 'judge']
 
 # %% ../nbs/07_stats.ipynb #138c93da
 import itertools, math, re
@@ -24,6 +25,7 @@ from pathlib import Path
 import numpy, pandas, scipy.stats
 from .data import project_root
 from .runs import Record, read_json, read_metrics
+from .surgery import SCHEMES
 
 # %% ../nbs/07_stats.ipynb #1ddee8b9
 LEAST = 3  # runs per scheme, below which nothing is decided; our choice
@@ -642,30 +644,51 @@ def log_gap(
 # %% ../nbs/07_stats.ipynb #47b4edf4
 FAMILY = ('wn', 'np', 'trelu')
 
+def brackets(
+    group:pandas.DataFrame,     # comparable runs
+)->dict:                        # (scheme, init) -> `lr_limits`, of those that have a ladder
+    "Brackets of every scheme and init in a setting"
+    tried = group.drop_duplicates(['norm', 'init', 'lr', 'seed']).groupby(['norm', 'init'], sort=False)
+    found = {names: lr_limits(mine).assign(init=names[1]) for names, mine in tried}
+    return {names: ladder for names, ladder in found.items() if len(ladder)}
+
 def limits(
     group:pandas.DataFrame,     # comparable runs
 )->dict:                        # scheme -> `lr_limits`, of bn and those of `FAMILY` that have a ladder
-    "Brackets of every scheme in a setting, at the norm-preserving init where there is one, else the one with most runs"
+    "Brackets of the schemes that are judged, each at its own init (the first in `SCHEMES`) where it was tried, else at the one with most seeds"
     found = {}
     for norm in ('bn', *FAMILY):
-        mine = group[group.norm == norm].drop_duplicates(['init', 'lr', 'seed'])
-        inits = mine.init.value_counts()
-        init = 'norm_preserving' if 'norm_preserving' in inits else inits.idxmax() if len(inits) else None
-        if len(ladder := lr_limits(mine[mine.init == init])): found[norm] = ladder.assign(init=init)
+        mine = {init: ladder for (name, init), ladder in brackets(group).items() if name == norm}
+        if mine: found[norm] = mine.get(SCHEMES[norm].inits[0], max(mine.values(), key=len))
     return found
 
 # %% ../nbs/07_stats.ipynb #3f8b49b2
+def ladder_row(
+    what:str,                   # words to follow
+    norm:str,                   # scheme
+    ladder:pandas.DataFrame,    # as `lr_limits` finds it
+)->dict:
+    "What the seeds of a scheme survived, as their mean in ln lr"
+    e = mean_interval(numpy.log(ladder.below[ladder.below > 0]))
+    return number(f'largest lr that did not diverge{what}', norm, Estimate(e.n, *map(math.exp, e[1:4])), 'lr')
+
+def factor_row(
+    what:str,                   # words to follow
+    norm:str,                   # scheme
+    e:Estimate,                 # as `log_gap` makes it, of BN's limit minus that of the scheme
+)->dict:
+    "How many times the rate BN survives"
+    return number(f'factor between the limits{what}', f'bn / {norm}', Estimate(e.n, *map(numpy.exp, e[1:4])), 'times')
+
 def ladder_numbers(
     found:dict,     # as `limits` returns it
 )->list[dict]:
-    "What every seed survived, as means in ln lr, and each scheme's factor to BN"
+    "What every seed survived, and each scheme's factor to BN"
     rows = []
     for norm, ladder in found.items():
-        finite = mean_interval(numpy.log(ladder.below[ladder.below > 0]))
-        rows.append(number('largest lr that did not diverge', norm, Estimate(finite.n, *map(math.exp, finite[1:4])), 'lr'))
+        rows.append(ladder_row('', norm, ladder))
         rows.append(number('smallest lr above it that diverged', norm, Estimate(len(ladder), ladder.above.min(), math.nan, math.nan), 'lr'))
-    gaps = {norm: log_gap(found['bn'], found[norm]) for norm in found if norm != 'bn'}
-    return rows + [number('factor between the limits', f'bn / {norm}', Estimate(e.n, *map(numpy.exp, e[1:4])), 'times') for norm, e in gaps.items()]
+    return rows + [factor_row('', norm, log_gap(found['bn'], found[norm])) for norm in found if norm != 'bn']
 
 # %% ../nbs/07_stats.ipynb #4de1d270
 def how_much(
@@ -677,28 +700,67 @@ def how_much(
     known = ' and '.join(end for end in (low, high) if end)
     return f'bn survives {known} times the lr' if known else 'the ladders are open at the top, which says nothing'
 
+# %% ../nbs/07_stats.ipynb #c6be51d1
+ASIDE = ('warmup_epochs', 'grad_clip')
+STANDS = dict(supported='above', contradicted='below', undecided='not told apart from')
+
+def apart(
+    norm:str,       # scheme
+    init:str,       # its init
+    changed:dict,   # setting -> value, where that is another than in the judged runs
+)->str:             # 'init torch, warmup_epochs 0'; empty where there is nothing to say
+    "What sets runs apart from those that are judged"
+    own = norm in SCHEMES and init == SCHEMES[norm].inits[0]
+    return ', '.join([*([] if own else [f'init {init}']), *(f'{name} {"none" if value is None else f"{value:g}"}' for name, value in changed.items())])
+
+def beside(
+    runs:pandas.DataFrame,      # table of runs
+    setting:dict,               # in which stability is judged
+    judged:dict,                # brackets by scheme, as `limits` finds them in that setting
+)->tuple[str,list[dict],list]:  # to follow the verdict's sentence, rows for its numbers, names of the runs
+    "How BN's limit stands to those of other inits and schemes, and to all of them with another warm-up or clipping"
+    words, rows, used = {}, [], []
+    for other, group in comparable(runs):
+        changed = {name: other[name] for name in SETTING if other[name] != setting[name]}
+        bn = limits(group).get('bn')
+        if bn is None or not set(changed) <= set(ASIDE): continue
+        for (norm, init), ladder in brackets(group).items():
+            if not changed and norm in judged and init == judged[norm].init.iloc[0]: continue
+            what, gap = apart(norm, init, changed), log_gap(bn, ladder)
+            used += [*group.run[(group.norm == norm) & (group.init == init)]]
+            rows.append(ladder_row(f', {what}'*bool(what), norm, ladder))
+            if norm == 'bn': continue
+            rows.append(factor_row(f', {what}'*bool(what), norm, gap))
+            if gap.n >= LEAST: words.setdefault(STANDS[ruling(gap)], []).append(f'{norm} ({what})' if what else norm)
+    said = '; '.join(f"{stands} {', '.join(names)}" for stands, names in sorted(words.items()))
+    return f'; beside it, not judged, the limit of bn is {said}' if said else '', rows, used
+
 # %% ../nbs/07_stats.ipynb #2b7fafb4
 @claim('C6', 'Stability', tag='paper',
        sentence='G&G state that training deep networks with WN algorithms is significantly less stable than with batch normalization.',
        observable='The largest lr that does not diverge, per scheme, init and seed, from runs that differ in lr alone; the difference to bn in ln lr, its interval '
-                  'by Welch over seeds widened by the brackets. A run diverges by the one rule of `04_probes`; one that is stuck has not diverged.',
+                  'by Welch over seeds widened by the brackets; other inits, no warm-up and clipping beside it. A run diverges by the one rule of `04_probes`; '
+                  'one that is stuck has not diverged.',
        rule='Our choice: supported if for wn and every other WN scheme tested (np, trelu) that interval lies above 0, contradicted if for all of them below 0, '
             'undecided otherwise and with fewer than three seeds of each. As all must agree, their number needs no correction.')
 def decide_c6(key, runs, folder=None):
     found = [(s, group, limits(group)) for s, group in comparable(runs)]
-    found = [(s, group, ladders) for s, group, ladders in found if {'bn', 'wn'} <= set(ladders)]
+    found = [(s, group, judged) for s, group, judged in found if {'bn', 'wn'} <= set(judged)]
     def rank(candidate):
-        seeds = min(len(ladder) for ladder in candidate[2].values())
-        return seeds >= LEAST, kind_of(candidate[0]) == 'claim', seeds
+        setting, _, judged = candidate
+        seeds = min(map(len, judged.values()))
+        return seeds >= LEAST, kind_of(setting) == 'claim', seeds, len(judged), not setting['grad_clip'], setting['warmup_epochs'] or 0
     if not found: return not_tested(key, 'no setting has bn and wn runs with two or more lr per seed; `papermill nbs/train.ipynb reports/wn.ipynb -p norm wn '
                                          '-p lr 0.4 -p seed 0` makes one rung, and three seeds of each can decide')
-    setting, group, ladders = max(found, key=rank)
-    gaps = {norm: log_gap(ladders['bn'], ladders[norm]) for norm in ladders if norm != 'bn'}
+    setting, group, judged = max(found, key=rank)
+    gaps = {norm: log_gap(judged['bn'], judged[norm]) for norm in judged if norm != 'bn'}
     rulings = {ruling(gap) for gap in gaps.values()}
-    ended = group[group.norm.isin(list(ladders)) & group.status.isin(['finished', 'diverged'])]
-    why = f"{place(setting)}{'; '.join(f'{norm} (init {ladders[norm].init.iloc[0]}): {how_much(gap)}' for norm, gap in gaps.items())}; {(ended.status == 'diverged').sum()} of {len(ended)} runs diverged"
+    own = group.init == group.norm.map({norm: ladder.init.iloc[0] for norm, ladder in judged.items()})
+    ended = group[own & group.status.isin(['finished', 'diverged'])]
+    said, rows, used = beside(runs, setting, judged)
+    why = f"{place(setting)}{'; '.join(f'{norm} (init {judged[norm].init.iloc[0]}): {how_much(gap)}' for norm, gap in gaps.items())}; {(ended.status == 'diverged').sum()} of {len(ended)} runs diverged{said}"
     verdict = rulings.pop() if len(rulings) == 1 else 'undecided'
-    return Verdict(key, verdict, kind_of(setting), why, table_of(ladder_numbers(ladders)), list(ended.run))
+    return Verdict(key, verdict, kind_of(setting), why, table_of([*ladder_numbers(judged), *rows]), [*ended.run, *used])
 
 # %% ../nbs/07_stats.ipynb #364c8c84
 def probed(
