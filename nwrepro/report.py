@@ -73,7 +73,7 @@ def answer(
     "The answer that opens the page"
     first = next(v for v in verdicts if v.key == 'C1')
     return [f"Gitman & Ginsburg (2017) state that weight normalization, put in the place of batch normalization in ResNet-50 on ImageNet, trains better but ends about 6 % lower in test accuracy, and less stably; this page holds that against {evidence(runs)}.",
-            f"Test accuracy (C1) – {wording(first).removesuffix(' (analogue)')}: {ended(first.why)}",
+            f"Test accuracy (C1) – {wording(first)}: {ended(first.why)}",
             f"What lies behind it – {tally(verdicts, ['C2', 'C3', 'C4', 'C5'])}.",
             f"Stability, its cause, other networks and cost – {tally(verdicts, ['C6', 'C7', 'C8', 'C9', 'C10', 'C11'])}.",
             conclusion(verdicts)]
@@ -247,7 +247,7 @@ PAGE = '''<!doctype html>
 <h2 id="claims">The claims and their verdicts</h2>
 <p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing.</p>
 <div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>known from</th></tr></thead><tbody>
-{% for c in claims %}<tr><td><a href="#{{ c.key }}">{{ c.key }}</a> {{ c.title }}</td><td><span class="verdict {{ c.verdict }}">{{ c.wording }}</span></td><td>{{ c.why|code }}</td><td>{{ c.tag }}</td></tr>{% endfor %}</tbody></table></div>
+{% for c in claims %}<tr><td><a href="#{{ c.key }}">{{ c.key }}</a> {{ c.title }}</td><td><span class="verdict {{ c.verdict }}">{{ c.wording }}</span></td><td>{{ c.why|code }}{% if c.where %}<br><small>{{ c.where|code }}</small>{% endif %}</td><td>{{ c.tag }}</td></tr>{% endfor %}</tbody></table></div>
 {% for c in claims %}{% include 'claim' %}{% endfor %}
 <h2 id="settings">Results by setting</h2>
 {% if settings.rows %}<p>A row per scheme and setting: runs started, finished and diverged; means and 95 % intervals (from n = 3) of test and training accuracy, percent.</p>{{ grid(settings) }}{% else %}<p>No runs, so no settings.</p>{% endif %}
@@ -265,6 +265,7 @@ PAGE = '''<!doctype html>
 CLAIM = '''<section aria-labelledby="{{ c.key }}"><h2 id="{{ c.key }}">{{ c.key }}: {{ c.title }}</h2>
 <p>{{ c.sentence|code }} <small>[{{ c.tag }}]</small></p>
 <p><span class="verdict {{ c.verdict }}">{{ c.wording }}</span>: {{ c.why|code }}</p>
+{% if c.where %}<p><small>{{ c.where|code }}</small></p>{% endif %}
 {% if c.decided.rows|length > 12 %}<details><summary>The numbers that decide</summary>{{ grid(c.decided) }}</details>{% elif c.decided.rows %}{{ grid(c.decided) }}{% endif %}
 <details><summary>How it is decided</summary><p>Measured: {{ c.observable|code }}</p><p>{{ c.rule|code }}</p></details>
 {% if c.figure %}<figure><button class="enlarge" aria-label="Enlarge the figure of {{ c.key }}"><img src="{{ c.figure }}" alt="{{ c.title }}: {{ c.alt }}"></button>
@@ -301,7 +302,7 @@ def claim_part(
     "One claim's section, its figure saved in the place of that of an earlier page"
     claim = CLAIMS[verdict.key]
     part = {name: getattr(claim, name) for name in ('key', 'title', 'sentence', 'tag', 'observable', 'rule')}
-    part |= dict(verdict=verdict.verdict if verdict.kind == 'claim' else 'analogue', wording=wording(verdict), why=ended(verdict.why),
+    part |= dict(verdict=verdict.verdict if verdict.kind == 'claim' else 'analogue', wording=wording(verdict), why=ended(verdict.why), where=ended(verdict.where) if verdict.where else '',
                  decided=table(verdict.numbers, f'Numbers that decide {verdict.key}'), figure=None)
     for ending in ('svg', 'png'): (out/'figures'/f'{verdict.key}.{ending}').unlink(missing_ok=True)
     if not picture: return part

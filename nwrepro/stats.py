@@ -224,6 +224,7 @@ class Verdict:
     why:str                     # the numbers that decided, or what is missing
     numbers:pandas.DataFrame    # a row per number: `what`, `scheme`, `n`, `value`, `low`, `high`, `unit`
     runs:list                   # names of the runs used
+    where:str = ''              # setting, and whether that is the claim itself; '' where not tested
 
 @dataclass(frozen=True)
 class Claim:
@@ -270,15 +271,15 @@ def kept_power(
 
 def place(
     setting:dict,   # of comparable runs
-)->str:             # opening of a verdict's sentence
+)->str:
     "Where the runs of a verdict stand, and whether that is the claim itself"
     where = f"{setting['arch']} on {setting['data']} at {setting['image_size']} px, {setting['epochs']} epochs, recipe {setting['recipe']}"
     named = ('train_images', 'max_steps', 'dropout', 'weight_decay', 'grad_clip')
     where += ''.join(f', {name} {setting[name]:g}' for name in named if setting[name])
-    if kind_of(setting) == 'claim': return f'{where}: '
+    if kind_of(setting) == 'claim': return where
     size = setting['image_size'] or 224  # None = unknown
     if size < 224: where += f'; padding leaves the last 3x3 filters {kept_power(size):.2f} of their power, {kept_power(224):.2f} at 224 px'
-    return f'analogue ({where}), not the claim itself: '
+    return f'analogue ({where}), not the claim itself'
 
 # %% ../nbs/07_stats.ipynb #fa63a62d
 def best_setting(
@@ -393,8 +394,8 @@ def gap_claim(
     label = f'{ahead} - {behind}'
     rows = [number(what, norm, mean_interval(v), '%') for norm, v in values.items()]
     rows += [number(what, label, gap, 'points'), number(f'{what}, paired by seed', label, pair, 'points')]
-    why = f'{place(setting)}{what}, {label}: {interval(gap, "points")}; {counted(arms, values, "%")}{other_start(runs, setting, (ahead, behind), what, value)}'
-    return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), [r for mine in arms.values() for r in mine.run])
+    why = f'{what}, {label}: {interval(gap, "points")}; {counted(arms, values, "%")}{other_start(runs, setting, (ahead, behind), what, value)}'
+    return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), [r for mine in arms.values() for r in mine.run], place(setting))
 
 # %% ../nbs/07_stats.ipynb #7273e960
 @claim('C1', 'Test accuracy', tag='paper',
@@ -554,10 +555,10 @@ def decide_c3(key, runs, folder=None):
         gap = welch(times['bn'], times['wn'])
         rows += [number(what, norm, mean_interval(t), 'epochs') for norm, t in times.items()] + [number(what, 'bn - wn', gap, 'epochs')]
         if curve == 'evals': gaps.append((level, gap))
-    if not gaps: return not_tested(key, f'{place(setting)}no level of {LEVELS} % training accuracy is on record as reached by every finished run of bn and wn')
+    if not gaps: return not_tested(key, f'{place(setting)}: no level of {LEVELS} % training accuracy is on record as reached by every finished run of bn and wn')
     rulings = {ruling(gap) for _, gap in gaps}
-    why = place(setting)+'bn - wn, '+'; '.join(f'to {level} %: {interval(gap, "epochs")}' for level, gap in gaps)
-    return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', kind_of(setting), why, table_of(rows), [r for runs in arms.values() for r in runs.run])
+    why = 'bn - wn, '+'; '.join(f'to {level} %: {interval(gap, "epochs")}' for level, gap in gaps)
+    return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', kind_of(setting), why, table_of(rows), [r for runs in arms.values() for r in runs.run], place(setting))
 
 # %% ../nbs/07_stats.ipynb #6e0d70cf
 @claim('C4', 'Generalisation gap', tag='paper',
@@ -612,9 +613,9 @@ def decide_c5(key, runs, folder=None):
                  number(f'top1 at {name(s)}', 'bn - wn', welch(bn.top1, w.top1, level), 'points')]
     setting, wn = max(ready or cells, key=lambda cell: cell[1].top1.mean())
     gap = welch(bn.top1, wn.top1, level)
-    why = (f"{place(bn_setting)}the best of {len(cells)} cells of wn ({len(ready)} with three seeds) is {name(setting)} (decay on {setting['decay_on']}): bn - wn there is "
+    why = (f"the best of {len(cells)} cells of wn ({len(ready)} with three seeds) is {name(setting)} (decay on {setting['decay_on']}): bn - wn there is "
            f"{interval(gap, 'points').replace('95 %', f'{100*level:.3g} %')}; bn {spelt(bn.top1)}, wn {spelt(wn.top1)}, wn on training images {spelt(wn.train_top1.dropna())}")
-    return Verdict(key, ruling(gap) if len(ready) > 1 else 'undecided', kind_of(bn_setting), why, table_of(rows), [*bn.run, *(r for _, w in cells for r in w.run)])
+    return Verdict(key, ruling(gap) if len(ready) > 1 else 'undecided', kind_of(bn_setting), why, table_of(rows), [*bn.run, *(r for _, w in cells for r in w.run)], place(bn_setting))
 
 # %% ../nbs/07_stats.ipynb #3fc316d4
 def lr_limits(
@@ -758,9 +759,9 @@ def decide_c6(key, runs, folder=None):
     own = group.init == group.norm.map({norm: ladder.init.iloc[0] for norm, ladder in judged.items()})
     ended = group[own & group.status.isin(['finished', 'diverged'])]
     said, rows, used = beside(runs, setting, judged)
-    why = f"{place(setting)}{'; '.join(f'{norm} (init {judged[norm].init.iloc[0]}): {how_much(gap)}' for norm, gap in gaps.items())}; {(ended.status == 'diverged').sum()} of {len(ended)} runs diverged{said}"
+    why = f"{'; '.join(f'{norm} (init {judged[norm].init.iloc[0]}): {how_much(gap)}' for norm, gap in gaps.items())}; {(ended.status == 'diverged').sum()} of {len(ended)} runs diverged{said}"
     verdict = rulings.pop() if len(rulings) == 1 else 'undecided'
-    return Verdict(key, verdict, kind_of(setting), why, table_of([*ladder_numbers(judged), *rows]), [*ended.run, *used])
+    return Verdict(key, verdict, kind_of(setting), why, table_of([*ladder_numbers(judged), *rows]), [*ended.run, *used], place(setting))
 
 # %% ../nbs/07_stats.ipynb #364c8c84
 def probed(
@@ -775,7 +776,7 @@ def probed(
     if not found: return not_tested(key, missing(norms[:1], runs)), None, None, None
     setting, arms = found
     values = {norm: courses(done(mine), folder).map(take).astype(float).dropna() for norm, mine in arms.items()}
-    empty = not_tested(key, f'{place(setting)}no finished run of {norms[0]} has a record with the probes that this needs') if values[norms[0]].empty else None
+    empty = not_tested(key, f'{place(setting)}: no finished run of {norms[0]} has a record with the probes that this needs') if values[norms[0]].empty else None
     return empty, setting, arms, values
 
 # %% ../nbs/07_stats.ipynb #c9086aa1
@@ -811,8 +812,8 @@ def decide_c7(key, runs, folder=None):
     flat = -STEEP < first.low and first.high < STEEP
     steep = first.low > STEEP or first.high < -STEEP
     verdict = 'contradicted' if steep else ruling(rising) if flat or ruling(rising) == 'contradicted' else 'undecided'
-    why = f"{place(setting)}first slope of wn (init {arms['wn'].init.iloc[0]}): {interval(first, 'decades per block')}; its rise to the end: {interval(rising, 'decades per block')}"
-    return Verdict(key, verdict, kind_of(setting), why, table_of(rows), [r for mine in arms.values() for r in mine.run])
+    why = f"first slope of wn (init {arms['wn'].init.iloc[0]}): {interval(first, 'decades per block')}; its rise to the end: {interval(rising, 'decades per block')}"
+    return Verdict(key, verdict, kind_of(setting), why, table_of(rows), [r for mine in arms.values() for r in mine.run], place(setting))
 
 # %% ../nbs/07_stats.ipynb #6d637015
 @claim('C8', 'Mechanism of C7', tag='secondary',
@@ -829,8 +830,8 @@ def decide_c8(key, runs, folder=None):
     means = {what: mean_interval(ranks[what].dropna()) for what in ranks}
     mean = means[RANK]
     beside = ''.join(f'; {e.value:.2f} {what.removeprefix(RANK).lstrip(", ")}' for what, e in means.items() if what != RANK)
-    why = f"{place(setting)}rank correlation of coherence and gain in wn (init {arms['wn'].init.iloc[0]}): {interval(mean, 'of at most 1')}{beside}"
-    return Verdict(key, ruling(mean), kind_of(setting), why, table_of([number(what, 'wn', e, '') for what, e in means.items()]), list(arms['wn'].run))
+    why = f"rank correlation of coherence and gain in wn (init {arms['wn'].init.iloc[0]}): {interval(mean, 'of at most 1')}{beside}"
+    return Verdict(key, ruling(mean), kind_of(setting), why, table_of([number(what, 'wn', e, '') for what, e in means.items()]), list(arms['wn'].run), place(setting))
 
 # %% ../nbs/07_stats.ipynb #e8898383
 @claim('C9', 'Small scale', tag='secondary',
@@ -849,9 +850,9 @@ def decide_c9(key, runs, folder=None):
     gap = welch(ends[norm].top1, ends['bn'].top1, 1-0.05/len(found))
     fitted = all(mine.train_top1.mean() >= 99.5 for mine in ends.values())
     rows = [number(what, name, mean_interval(mine[what]), '%') for what in ('train_top1', 'top1') for name, mine in ends.items()]
-    why = f"{place(setting)}best WN scheme {norm}, {norm} - bn: {interval(gap, 'points')}; {counted(arms, {k: m.train_top1 for k, m in ends.items()}, '% on training images')}"
+    why = f"best WN scheme {norm}, {norm} - bn: {interval(gap, 'points')}; {counted(arms, {k: m.train_top1 for k, m in ends.items()}, '% on training images')}"
     verdict = 'undecided' if ruling(gap) == 'supported' and not fitted else ruling(gap)
-    return Verdict(key, verdict, 'analogue', why, table_of([*rows, number('top1', f'{norm} - bn', gap, 'points')]), [r for mine in arms.values() for r in mine.run])
+    return Verdict(key, verdict, 'analogue', why, table_of([*rows, number('top1', f'{norm} - bn', gap, 'points')]), [r for mine in arms.values() for r in mine.run], place(setting))
 
 # %% ../nbs/07_stats.ipynb #3be7bd86
 MEASURED = ('arch', 'image_size', 'batch_size', 'precision', 'channels_last', 'device', 'hardware', 'seconds')
@@ -894,11 +895,11 @@ def kind_of_cost(
 
 def place_of_cost(
     record:dict,    # of cost
-)->str:             # opening of a verdict's sentence
+)->str:
     "Where a step was timed"
     layout = 'channels_last' if record['channels_last'] else 'contiguous'
     where = f"{record['arch']} at {record['image_size']} px, batch {record['batch_size']}, {record['precision']}, {layout}, {record['hardware']}"
-    return f'{where}: ' if kind_of_cost(record) == 'claim' else f'analogue ({where}), not the claim itself: '
+    return where if kind_of_cost(record) == 'claim' else f'analogue ({where}), not the claim itself'
 
 # %% ../nbs/07_stats.ipynb #1ef346b5
 UNMEASURED = 'there are no records of cost beside the runs, in `reports/cost`: `papermill nbs/cost.ipynb reports/cost.ipynb` makes one; images/s in the summary of a run depends on what else its machine did, and decides nothing'
@@ -915,8 +916,8 @@ def decide_c10(key, runs, folder=None):
     left = step_ratio(record, 'none', 'bn')
     share = Estimate(left.n, 100*(1-left.value), 100*(1-left.high), 100*(1-left.low))
     verdict = ruling(share._replace(low=share.low-SIGNIFICANT, high=share.high-SIGNIFICANT))
-    why = f"{place_of_cost(record)}bn takes {share.value:.1f} % of a step, 95 % interval {share.low:.1f} to {share.high:.1f} ({share.n} rounds)"
-    return Verdict(key, verdict, kind_of_cost(record), why, table_of([number('share of a step', 'bn', share, '%')]), [])
+    why = f"bn takes {share.value:.1f} % of a step, 95 % interval {share.low:.1f} to {share.high:.1f} ({share.n} rounds)"
+    return Verdict(key, verdict, kind_of_cost(record), why, table_of([number('share of a step', 'bn', share, '%')]), [], place_of_cost(record))
 
 # %% ../nbs/07_stats.ipynb #c5dd5a5b
 @claim('C11', 'Cost of WN', tag='paper',
@@ -934,7 +935,7 @@ def decide_c11(key, runs, folder=None):
     rows = [number('step time over bn', norm, r, 'times') for norm, r in ratios.items()]
     rows += [number('step time over none', norm, step_ratio(record, norm, 'none'), 'times') for norm in ('bn', *schemes)]
     said = ', '.join(f'{norm} {r.value:.3f} ({r.low:.3f} to {r.high:.3f})' for norm, r in ratios.items())
-    return Verdict(key, verdict, kind_of_cost(record), f"{place_of_cost(record)}a step takes this many times that of bn: {said} ({len(record['seconds']['bn'])} rounds)", table_of(rows), [])
+    return Verdict(key, verdict, kind_of_cost(record), f"a step takes this many times that of bn: {said} ({len(record['seconds']['bn'])} rounds)", table_of(rows), [], place_of_cost(record))
 
 # %% ../nbs/07_stats.ipynb #1be694d2
 def judge(

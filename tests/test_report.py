@@ -174,6 +174,8 @@ def test_an_analogue_never_has_the_wording_of_a_claim(made):
     verdicts = re.findall(r'<span class="verdict ([^"]*)">([^<]*)</span>', made[1].read_text())
     assert ('analogue', 'agrees in direction (analogue)') in verdicts
     assert not {'supported', 'contradicted'} & {word for pair in verdicts for word in pair}
+    tested = [v for v in judge(runs, made[0]) if v.verdict != 'not tested']
+    assert made[1].read_text().count(', not the claim itself') == 2*len(tested)  # once in the table of claims, once in the claim's section
 
 def test_page_of_no_runs_says_how_to_make_one(tmp_path):
     words, seen = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
