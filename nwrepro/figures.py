@@ -6,9 +6,10 @@
 __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'PLACES', 'FIGURES', 'look', 'caption', 'curves',
            'pictures', 'spread', 'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe',
            'per_run', 'points', 'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves',
-           'convergence', 'grid_numbers', 'grid', 'regularisers', 'conditions', 'survival_numbers', 'survival_curves',
-           'stability', 'depth_numbers', 'depths', 'signal_by_depth', 'coherence_numbers', 'scatter',
-           'coherence_and_gain', 'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
+           'convergence', 'grid_numbers', 'grid', 'regularisers', 'tuning_runs', 'rate_numbers', 'rate_panels',
+           'learning_rates', 'conditions', 'survival_numbers', 'survival_curves', 'stability', 'depth_numbers',
+           'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain', 'cost_numbers',
+           'cost_panels', 'cost_per_step', 'picture_of', 'save']
 
 # %% ../nbs/08_figures.ipynb #0077c82d
 import itertools, math
@@ -18,8 +19,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas, torch
 from matplotlib.figure import Figure
+from .recipe import tuned_table
 from .runs import Record
-from .stats import ASIDE, MEASURED, arm, cost_records, gains, mean_interval, place_in_block, step_ratio
+from .stats import ASIDE, MEASURED, arm, comparable, cost_records, gains, mean_interval, place_in_block, step_ratio
 
 # %% ../nbs/08_figures.ipynb #fecefd01
 LOOKS = dict(bn=('#0072B2', 'o'), none=('#666666', 's'), wn=('#D55E00', '^'), np=('#009E73', 'D'), trelu=('#CC79A7', 'v'))
@@ -149,14 +151,14 @@ class Shelf:
 
 # %% ../nbs/08_figures.ipynb #aead1050
 NEEDED = ['run', 'status', 'norm', 'init', 'lr', 'seed', 'data', 'arch', 'image_size', 'epochs', 'recipe', 'batch_size', 'dropout', 'weight_decay',
-          'top1', 'train_top1', 'source', 'train_images', 'warmup_epochs', 'grad_clip']
+          'top1', 'train_top1', 'source', 'train_images', 'warmup_epochs', 'grad_clip', 'zero_init']
 
 def tidy(
     runs:pandas.DataFrame,  # as `load_runs` gives it, columns missing or not
 )->pandas.DataFrame:        # with all columns a figure asks for, schemes in their fixed order, runs of no known scheme left out
     "Runs a figure can be drawn from"
     runs = runs.reindex(columns=list(dict.fromkeys([*runs.columns, *NEEDED])))
-    runs = runs[runs['norm'].map(lambda norm: isinstance(norm, str))]
+    runs = runs[runs['norm'].map(lambda norm: isinstance(norm, str)).astype(bool)]
     place = {norm: k for k, norm in enumerate(LOOKS)}
     return runs.sort_values(['norm', 'lr', 'seed', 'run'], key=lambda s: s.map(lambda v: place.get(v, 9)) if s.name == 'norm' else s)
 
@@ -355,6 +357,67 @@ def regularisers(
     found = grid_numbers(tidy(runs))
     if len(found[['dropout', 'weight_decay']].drop_duplicates()) > 1: return Picture(grid(found),
         f'Mean test top-1, percent, by dropout before the classifier and weight decay; the darker, the better. {describe(tidy(runs), shelf)}', found)
+
+# %% ../nbs/08_figures.ipynb #ra7e5002
+def tuning_runs(
+    runs:pandas.DataFrame,  # as `load_runs` gives it
+)->pandas.DataFrame:        # tidy; empty where none was scored on images held out
+    "The largest group of runs with images held out that differ in scheme, start, rate and length alone"
+    groups = {}
+    for setting, group in comparable(runs):
+        key = str([value for name, value in setting.items() if name not in ('epochs', 'zero_init')])
+        if setting['holdout'] and setting['max_steps'] is None: groups.setdefault(key, []).append(group)
+    return tidy(max(map(pandas.concat, groups.values()), key=len, default=runs.iloc[:0]))
+
+def rate_numbers(
+    runs:pandas.DataFrame,  # tidy
+)->pandas.DataFrame:        # a row per scheme, start, length and rate; only where several rates were tried
+    "Accuracy by learning rate"
+    rows, start = [], runs['init'].fillna('')+runs['zero_init'].map(lambda zero: ', zero_init' if zero is True else '')
+    for (norm, begun, epochs), own in runs.groupby(['norm', start.rename('start'), 'epochs'], sort=False):
+        if own['lr'].nunique() < 2: continue
+        rows += [dict(scheme=norm, start=begun, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(), top1=part['top1'].mean())
+                 for lr, part in own.groupby('lr')]
+    return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
+
+def rate_panels(
+    numbers:pandas.DataFrame,  # as `rate_numbers` makes it
+    chosen:dict,               # rates to mark, by scheme
+)->Figure:
+    "Accuracy by learning rate, a panel per scheme"
+    schemes, longest = list(numbers['scheme'].unique()), numbers['epochs'].max()
+    rows, columns = math.ceil(len(schemes)/3), min(3, len(schemes))
+    fig, axs = plt.subplots(rows, columns, figsize=(3*columns+0.5, 3*rows+0.3), layout='constrained', sharex=True, sharey=True, squeeze=False)
+    for ax in axs.flat[len(schemes):]: ax.set_axis_off()
+    for ax, norm in zip(axs.flat, schemes):
+        mine = numbers[numbers['scheme'] == norm]
+        styles = dict(zip(mine['start'].unique(), itertools.cycle(('-', '--', ':'))))
+        for (start, epochs), own in mine.groupby(['start', 'epochs'], sort=False):
+            how = dict(ms=8, mfc='none') if epochs == longest and numbers['epochs'].nunique() > 1 else dict(ms=4, label=start)
+            ax.semilogx(own['lr'], own['top1'], ls=styles[start], **how, **look(norm))
+            lost = own[own['diverged'] > 0]
+            ax.plot(lost['lr'], [0]*len(lost), 'kx')
+        for lr in chosen.get(norm, ()): ax.axvline(lr, color='0.7', zorder=0)
+        ax.set(title=norm, xlabel='learning rate', ylim=(-3, 1.4*(numbers['top1'].fillna(0).max() or 70)))
+        ax.xaxis.set_tick_params(labelbottom=True)
+        ax.legend(fontsize=7, loc='upper left')
+    fig.supylabel('top-1 on images held out, percent', fontsize='medium')
+    plt.close(fig)
+    return fig
+
+def learning_rates(
+    runs:pandas.DataFrame,  # as `load_runs` gives it
+    shelf:Shelf,            # where their records are
+)->Picture|None:            # None where no start met several rates on images held out
+    "How the learning rates were chosen"
+    runs = tuning_runs(runs)
+    found = rate_numbers(runs)
+    if not len(found): return None
+    drawn, chosen = set(runs['run']), {}
+    for row in tuned_table():
+        if set(row['runs'].split()) <= drawn: chosen.setdefault(row['norm'], []).append(float(row['lr']))
+    return Picture(rate_panels(found, chosen), 'Accuracy after the last epoch on training images that were held out. Open markers: the longer runs; crosses: runs that diverged; '
+                   f'vertical lines: the rates that `lr = tuned` reads. {describe(runs, shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #98124d78
 def conditions(

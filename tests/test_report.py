@@ -177,6 +177,15 @@ def test_an_analogue_never_has_the_wording_of_a_claim(made):
     tested = [v for v in judge(runs, made[0]) if v.verdict != 'not tested']
     assert made[1].read_text().count(', not the claim itself') == 2*len(tested)  # once in the table of claims, once in the claim's section
 
+def test_a_page_shows_how_the_rates_were_chosen(tmp_path):
+    runs = [make(tmp_path/'runs', lr=lr, holdout=0.2, epochs=epochs, top1=50-100*lr) for lr, epochs in ((0.1, 2), (0.2, 2), (0.4, 2), (0.1, 4), (0.2, 4))]
+    words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
+    assert 'rates' in seen.ids and (tmp_path/'page/figures/rates.png').is_file() and all(f'reports/{run.name}.ipynb' in words for run in runs)
+    shared = re.search(r'In all rows: (.*?)\.', words)[1].split(', ')
+    assert {'data digits', 'arch resnet18', 'holdout 0'} <= set(shared) and not any(part.startswith('epochs') for part in shared)
+    _, seen = check(page_of(FIRST_LOOK, tmp_path/'page'))
+    assert 'rates' not in seen.ids and not (tmp_path/'page/figures/rates.png').exists()
+
 def test_page_of_no_runs_says_how_to_make_one(tmp_path):
     words, seen = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
     assert 'no runs at all' in words and 'papermill nbs/train.ipynb reports/wn.ipynb -p norm wn' in words
