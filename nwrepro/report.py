@@ -147,8 +147,10 @@ COLUMNS = ['norm', 'init', 'status', 'top1', 'train_top1', 'data', 'arch', 'imag
 def settings_part(
     runs:pandas.DataFrame,  # as `load_runs` gives it
 )->dict:                    # as `table` makes it, and `shared`: what all rows have in common
-    "Results by setting, without the columns that say the same in every row"
+    "Results by setting, whole runs first and the best proven of them at the top, without the columns that say the same in every row"
     frame = by_setting(runs)
+    cut, held = (pandas.to_numeric(frame[name]).fillna(0) for name in ('max_steps', 'holdout'))
+    frame = frame.assign(cut=cut > 0, held=held).sort_values(['cut', 'held', 'n_finished'], ascending=[True, True, False], kind='stable')
     same = [name for name in WHERE if len(frame) > 1 and frame[name].nunique(dropna=False) == 1]
     shared = ', '.join(f'{name} {value}' for name in same if (value := cell(frame[name].iloc[0])))
     return table(frame[[*WHO, *CAME_TO, *(name for name in WHERE if name not in same)]], 'Results by setting') | dict(shared=shared)
