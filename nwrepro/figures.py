@@ -441,8 +441,9 @@ def survival_numbers(
         alive, who = own[own['status'] == 'finished'], dict(scheme=norm, init=init, conditions=under)
         largest = alive.groupby('seed')['lr'].max().reindex(sorted(own['seed'].unique()), fill_value=0.)
         rows += [dict(who, what='survived', lr=lr, n=len(largest), share=(largest >= lr).mean()) for lr in sorted(own['lr'].unique())]
-        rows += [dict(who, what='largest', lr=lr, seed=seed) for seed, lr in largest.items() if lr]
-    return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'conditions', 'lr', 'n', 'share', 'seed'])
+        lost = own[own['status'] == 'diverged'].groupby('seed')['lr'].max()
+        rows += [dict(who, what='largest', lr=lr, seed=seed, bounded=bool(lost.get(seed, 0) > lr)) for seed, lr in largest.items() if lr]
+    return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'conditions', 'lr', 'n', 'share', 'seed', 'bounded'])
 
 def survival_curves(
     numbers:pandas.DataFrame,  # as `survival_numbers` makes it
@@ -455,7 +456,7 @@ def survival_curves(
         share, largest = (own[own['what'] == what] for what in ('survived', 'largest'))
         names.append(', '.join(filter(None, [norm, init if len(inits[norm]) > 1 else '', under])))
         if not under: left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3], label=names[-1], **look(norm))
-        right.semilogx(largest['lr'], [len(names)-1]*len(largest), ls='', **look(norm))
+        for bounded, part in largest.groupby('bounded'): right.semilogx(part['lr'], [len(names)-1]*len(part), ls='', mfc=None if bounded else 'none', **look(norm))
     left.set(xlabel='learning rate', ylabel='seeds that survived, percent', ylim=(-5, 105))
     right.set(xlabel='largest rate survived, per seed', yticks=range(len(names)), yticklabels=names, ylim=(len(names)-0.5, -0.5))
     right.grid(axis='y', color='0.9')
@@ -472,7 +473,7 @@ def stability(
     if not len(found): return None
     cut = ' (under the conditions of most runs)' if found['conditions'].any() else ''
     return Picture(survival_curves(found), f'Left: share of seeds that survived a learning rate or a higher one{cut}, a marker per rate that was tried. '
-                   f'Right: the largest learning rate that a seed survived, a marker per seed. {describe(tidy(runs), shelf)}', found)
+                   f'Right: the largest learning rate that a seed survived, a marker per seed, open where no rate above it diverged. {describe(tidy(runs), shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #8e57091c
 def depth_numbers(

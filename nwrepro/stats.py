@@ -703,7 +703,7 @@ def how_much(
 
 # %% ../nbs/07_stats.ipynb #c6be51d1
 ASIDE = ('warmup_epochs', 'grad_clip')
-STANDS = dict(supported='above', contradicted='below', undecided='not told apart from')
+STANDS = dict(supported='above that of', contradicted='below that of', undecided='not told apart from that of')
 
 def apart(
     norm:str,       # scheme
@@ -732,9 +732,9 @@ def beside(
             rows.append(ladder_row(f', {what}'*bool(what), norm, ladder))
             if norm == 'bn': continue
             rows.append(factor_row(f', {what}'*bool(what), norm, gap))
-            if gap.n >= LEAST: words.setdefault(STANDS[ruling(gap)], []).append(f'{norm} ({what})' if what else norm)
+            if gap.n >= LEAST: words.setdefault(STANDS[ruling(gap)], []).append(f'`{norm}` ({what})' if what else f'`{norm}`')
     said = '; '.join(f"{stands} {', '.join(names)}" for stands, names in sorted(words.items()))
-    return f'; beside it, not judged, the limit of bn is {said}' if said else '', rows, used
+    return f'; beside it, not judged, the limit of `bn` is {said}' if said else '', rows, used
 
 # %% ../nbs/07_stats.ipynb #2b7fafb4
 @claim('C6', 'Stability', tag='paper',

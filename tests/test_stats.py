@@ -391,7 +391,7 @@ def test_c6_is_judged_with_warm_up_and_names_the_rest_beside_it():
     judged, cold, clipped = pair(1, 0.1, warmup_epochs=1.), pair(0.03, 0.3, warmup_epochs=0.), pair(1, 1, warmup_epochs=1., grad_clip=1.)
     for order in ([*judged, *cold, *clipped], [*clipped, *cold, *judged]):
         found = decide('C6', *order)
-        assert found.verdict == 'supported' and found.why.endswith('; beside it, not judged, the limit of bn is below wn (warmup_epochs 0); not told apart from wn (grad_clip 1)')
+        assert found.verdict == 'supported' and found.why.endswith('; beside it, not judged, the limit of `bn` is below that of `wn` (warmup_epochs 0); not told apart from that of `wn` (grad_clip 1)')
         assert {'factor between the limits', 'factor between the limits, warmup_epochs 0', 'factor between the limits, grad_clip 1'} < set(found.numbers.what)
     few = decide('C6', *judged, ladder('bn', 1, warmup_epochs=1., grad_clip=1.), ladder('wn', 0.1, warmup_epochs=1., grad_clip=1.))
     assert 'beside' not in few.why and 'factor between the limits, grad_clip 1' in set(few.numbers.what)
