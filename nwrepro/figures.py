@@ -451,7 +451,7 @@ def survival_curves(
     "Survival by learning rate, and the largest that was survived"
     inits, names = numbers.groupby('scheme')['init'].unique(), []
     starts = numbers.groupby(['scheme', 'init', 'conditions'], sort=False)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, max(3.4, 1+0.25*starts.ngroups)), layout='constrained')
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, max(3.6, 1.4+0.25*starts.ngroups)), layout='constrained')
     for (norm, init, under), own in starts:
         share, largest = (own[own['what'] == what] for what in ('survived', 'largest'))
         names.append(', '.join(filter(None, [norm, init if len(inits[norm]) > 1 else '', under])))
@@ -460,7 +460,7 @@ def survival_curves(
     left.set(xlabel='learning rate', ylabel='seeds that survived, percent', ylim=(-5, 105))
     right.set(xlabel='largest rate survived, per seed', yticks=range(len(names)), yticklabels=names, ylim=(len(names)-0.5, -0.5))
     right.grid(axis='y', color='0.9')
-    left.legend(fontsize=8)
+    fig.legend(*left.get_legend_handles_labels(), loc='outside lower left', ncols=4, fontsize=8)
     plt.close(fig)
     return fig
 
