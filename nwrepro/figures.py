@@ -380,6 +380,7 @@ def rate_numbers(
                  for lr, part in own.groupby('lr')]
     return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
 
+# %% ../nbs/08_figures.ipynb #ra7e5007
 def rate_panels(
     numbers:pandas.DataFrame,  # as `rate_numbers` makes it
     chosen:dict,               # rates to mark, by scheme
@@ -435,8 +436,9 @@ def survival_numbers(
 )->pandas.DataFrame:        # a row per scheme and learning rate, then a row per scheme and seed
     "Who survived which learning rate; a start whose seeds met one rate each shows no limit, and is left out"
     ended, rows = runs[runs['status'].isin(['finished', 'diverged'])].fillna(dict(init='start not recorded')), []
+    norms = ended['norm'].unique().tolist()
     starts = ended.groupby(['norm', 'init', conditions(ended).rename('under')], sort=False)
-    for (norm, init, under), own in sorted(starts, key=lambda start: (list(LOOKS).index(start[0][0]) if start[0][0] in LOOKS else 9, start[0][2] != '')):
+    for (norm, init, under), own in sorted(starts, key=lambda start: (norms.index(start[0][0]), start[0][2] != '')):
         if own.groupby('seed')['lr'].nunique().max() < 2: continue
         alive, who = own[own['status'] == 'finished'], dict(scheme=norm, init=init, conditions=under)
         largest = alive.groupby('seed')['lr'].max().reindex(sorted(own['seed'].unique()), fill_value=0.)
@@ -445,6 +447,7 @@ def survival_numbers(
         rows += [dict(who, what='largest', lr=lr, seed=seed, bounded=bool(lost.get(seed, 0) > lr)) for seed, lr in largest.items() if lr]
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'conditions', 'lr', 'n', 'share', 'seed', 'bounded'])
 
+# %% ../nbs/08_figures.ipynb #5a7b1e03
 def survival_curves(
     numbers:pandas.DataFrame,  # as `survival_numbers` makes it
 )->Figure:
