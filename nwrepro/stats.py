@@ -8,12 +8,12 @@ __all__ = ['LEAST', 'Estimate', 'SETTING', 'FREE', 'GAPS', 'CLAIMS', 'ITSELF', '
            'paired', 'wilson', 'answers', 'mcnemar', 'holm', 'complete', 'comparable', 'ended_well', 'done',
            'summarised', 'by_setting', 'arm', 'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'kept_power',
            'place', 'best_setting', 'number', 'table_of', 'not_tested', 'missing', 'ruling', 'interval', 'counted',
-           'other_start', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains', 'place_in_block',
-           'coherence_rank', 'coherence_ranks', 'read_course', 'courses', 'decide_c2', 'epochs_to', 'decide_c3',
-           'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'brackets', 'limits', 'ladder_row',
-           'factor_row', 'ladder_numbers', 'how_much', 'apart', 'beside', 'decide_c6', 'probed', 'early', 'rise',
-           'decide_c7', 'decide_c8', 'decide_c9', 'cost_records', 'step_ratio', 'dearest_record', 'kind_of_cost',
-           'place_of_cost', 'decide_c10', 'decide_c11', 'judge']
+           'other_starts', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains',
+           'place_in_block', 'coherence_rank', 'coherence_ranks', 'read_course', 'courses', 'decide_c2', 'epochs_to',
+           'decide_c3', 'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'brackets', 'limits',
+           'ladder_row', 'factor_row', 'ladder_numbers', 'how_much', 'apart', 'beside', 'decide_c6', 'probed', 'early',
+           'rise', 'decide_c7', 'decide_c8', 'decide_c9', 'cost_records', 'step_ratio', 'dearest_record',
+           'kind_of_cost', 'place_of_cost', 'decide_c10', 'decide_c11', 'judge']
 
 # %% ../nbs/07_stats.ipynb #138c93da
 import itertools, math, re
@@ -360,21 +360,25 @@ def counted(
     return '; '.join(of(norm) for norm in values)
 
 # %% ../nbs/07_stats.ipynb #3b4d337b
-def other_start(
+def other_starts(
     runs:pandas.DataFrame,      # table of runs
     setting:dict,               # in which schemes are compared
-    norms:tuple,                # schemes
+    arms:dict,                  # scheme -> the runs that stand for it there
     what:str,                   # is measured
     value:Callable,             # finished runs -> one value per run
 )->str:                         # to follow a verdict's sentence; empty where there is nothing to say
-    "What the same schemes come to where `zero_init` alone differs, with seeds enough to decide"
-    said = ''
+    "What the same schemes come to from another init, or where `zero_init` alone differs, with seeds enough to decide"
+    said = []
     for other, group in comparable(runs):
-        if [name for name in SETTING if other[name] != setting[name]] != ['zero_init']: continue
-        arms = {norm: mine for norm in norms if len(done(mine := arm(group, norm))) >= LEAST}
-        values = {norm: found for norm, mine in arms.items() if len(found := value(done(mine).set_index('seed')).dropna())}
-        if values: said += f"; beside it, not compared, {what} with zero_init = {other['zero_init']}: {counted(arms, values, '%')}"
-    return said
+        changed = [name for name in SETTING if other[name] != setting[name]]
+        if changed not in ([], ['zero_init']): continue
+        for (norm, init), started in group[group.norm.isin(arms)].groupby(['norm', 'init'], sort=False):
+            if not changed and init == arms[norm].init.iloc[0]: continue
+            mine = arm(started, norm)
+            found = value(done(mine).set_index('seed')).dropna()
+            start = f"with zero_init = {other['zero_init']}, " if changed else ''
+            if len(found) >= LEAST: said.append(start+counted({norm: mine}, {norm: found}, '%'))
+    return f"; beside it, not compared, {what} from other starts: {'; '.join(said)}" if said else ''
 
 def gap_claim(
     key:str,                    # of the claim
@@ -394,7 +398,7 @@ def gap_claim(
     label = f'{ahead} - {behind}'
     rows = [number(what, norm, mean_interval(v), '%') for norm, v in values.items()]
     rows += [number(what, label, gap, 'points'), number(f'{what}, paired by seed', label, pair, 'points')]
-    why = f'{what}, {label}: {interval(gap, "points")}; {counted(arms, values, "%")}{other_start(runs, setting, (ahead, behind), what, value)}'
+    why = f'{what}, {label}: {interval(gap, "points")}; {counted(arms, values, "%")}{other_starts(runs, setting, arms, what, value)}'
     return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), [r for mine in arms.values() for r in mine.run], place(setting))
 
 # %% ../nbs/07_stats.ipynb #7273e960
