@@ -6,10 +6,11 @@
 __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'PLACES', 'FIGURES', 'look', 'caption', 'curves',
            'pictures', 'spread', 'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe',
            'per_run', 'points', 'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves',
-           'convergence', 'grid_numbers', 'grid', 'regularisers', 'tuning_runs', 'rate_numbers', 'rate_panels',
-           'learning_rates', 'conditions', 'survival_numbers', 'survival_curves', 'stability', 'depth_numbers',
-           'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain', 'cost_numbers',
-           'cost_panels', 'cost_per_step', 'picture_of', 'save']
+           'convergence', 'grid_numbers', 'grid', 'regularisers', 'alike', 'start_of', 'tuning_runs', 'rate_numbers',
+           'rate_panels', 'learning_rates', 'conditions', 'whole_runs', 'start_numbers', 'start_panels', 'starts',
+           'survival_numbers', 'survival_curves', 'stability', 'depth_numbers', 'depths', 'signal_by_depth',
+           'coherence_numbers', 'scatter', 'coherence_and_gain', 'cost_numbers', 'cost_panels', 'cost_per_step',
+           'picture_of', 'save']
 
 # %% ../nbs/08_figures.ipynb #0077c82d
 import itertools, math
@@ -359,31 +360,48 @@ def regularisers(
         f'Mean test top-1, percent, by dropout before the classifier and weight decay; the darker, the better. {describe(tidy(runs), shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #ra7e5002
+def alike(
+    runs:pandas.DataFrame,  # as `load_runs` gives it
+    held:bool,              # scored on images held out, or on the test images
+    apart:tuple,            # names in `SETTING` that may differ too
+)->pandas.DataFrame:        # tidy; empty where there is none
+    "The largest group of runs to their end that differ in scheme, init, rate, seed and some names alone"
+    groups = {}
+    for setting, group in comparable(runs):
+        key = str([value for name, value in setting.items() if name not in apart])
+        if bool(setting['holdout']) == held and setting['max_steps'] is None: groups.setdefault(key, []).append(group)
+    return tidy(max(map(pandas.concat, groups.values()), key=len, default=runs.iloc[:0]))
+
+def start_of(
+    runs:pandas.DataFrame,  # tidy
+)->pandas.Series:           # of text, 'torch, zero_init'
+    "Init of each run, and whether its branches began at 0"
+    return runs['init'].fillna('')+runs['zero_init'].map(lambda zero: ', zero_init' if zero is True else '')
+
+
+# %% ../nbs/08_figures.ipynb #ra7e5009
 def tuning_runs(
     runs:pandas.DataFrame,  # as `load_runs` gives it
 )->pandas.DataFrame:        # tidy; empty where none was scored on images held out
-    "The largest group of runs with images held out that differ in scheme, start, rate and length alone"
-    groups = {}
-    for setting, group in comparable(runs):
-        key = str([value for name, value in setting.items() if name not in ('epochs', 'zero_init')])
-        if setting['holdout'] and setting['max_steps'] is None: groups.setdefault(key, []).append(group)
-    return tidy(max(map(pandas.concat, groups.values()), key=len, default=runs.iloc[:0]))
+    "The runs behind the learning rates, of any length"
+    return alike(runs, True, ('epochs', 'zero_init'))
 
 def rate_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme, start, length and rate; only where several rates were tried
     "Accuracy by learning rate"
-    rows, start = [], runs['init'].fillna('')+runs['zero_init'].map(lambda zero: ', zero_init' if zero is True else '')
-    for (norm, begun, epochs), own in runs.groupby(['norm', start.rename('start'), 'epochs'], sort=False):
+    rows = []
+    for (norm, start, epochs), own in runs.groupby(['norm', start_of(runs).rename('start'), 'epochs'], sort=False):
         if own['lr'].nunique() < 2: continue
-        rows += [dict(scheme=norm, start=begun, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(), top1=part['top1'].mean())
+        rows += [dict(scheme=norm, start=start, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(), top1=part['top1'].mean())
                  for lr, part in own.groupby('lr')]
     return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
+
 
 # %% ../nbs/08_figures.ipynb #ra7e5007
 def rate_panels(
     numbers:pandas.DataFrame,  # as `rate_numbers` makes it
-    chosen:dict,               # rates to mark, by scheme
+    chosen:dict,               # (scheme, start) -> rate to mark
 )->Figure:
     "Accuracy by learning rate, a panel per scheme"
     schemes, longest = list(numbers['scheme'].unique()), numbers['epochs'].max()
@@ -392,13 +410,14 @@ def rate_panels(
     for ax in axs.flat[len(schemes):]: ax.set_axis_off()
     for ax, norm in zip(axs.flat, schemes):
         mine = numbers[numbers['scheme'] == norm]
-        styles = dict(zip(mine['start'].unique(), itertools.cycle(('-', '--', ':'))))
+        styles = dict(zip(sorted(mine['start'].unique()), itertools.cycle(('-', '--', ':'))))
         for (start, epochs), own in mine.groupby(['start', 'epochs'], sort=False):
             how = dict(ms=8, mfc='none') if epochs == longest and numbers['epochs'].nunique() > 1 else dict(ms=4, label=start)
             ax.semilogx(own['lr'], own['top1'], ls=styles[start], **how, **look(norm))
             lost = own[own['diverged'] > 0]
             ax.plot(lost['lr'], [0]*len(lost), 'kx')
-        for lr in chosen.get(norm, ()): ax.axvline(lr, color='0.7', zorder=0)
+        for (scheme, start), lr in chosen.items():
+            if scheme == norm and start in styles: ax.axvline(lr, color='0.7', ls=styles[start], zorder=0)
         ax.set(title=norm, xlabel='learning rate', ylim=(-3, 1.4*(numbers['top1'].fillna(0).max() or 70)))
         ax.xaxis.set_tick_params(labelbottom=True)
         ax.legend(fontsize=7, loc='upper left')
@@ -414,13 +433,13 @@ def learning_rates(
     runs = tuning_runs(runs)
     found = rate_numbers(runs)
     if not len(found): return None
-    drawn, chosen = set(runs['run']), {}
-    for row in tuned_table():
-        if set(row['runs'].split()) <= drawn: chosen.setdefault(row['norm'], []).append(float(row['lr']))
+    began = dict(zip(runs['run'], start_of(runs), strict=True))
+    tuned_by = [(row, row['runs'].split()) for row in tuned_table()]
+    chosen = {(row['norm'], began[used[0]]): float(row['lr']) for row, used in tuned_by if used and set(used) <= set(began)}
     return Picture(rate_panels(found, chosen), 'Accuracy after the last epoch on training images that were held out. Open markers: the longer runs; crosses: runs that diverged; '
-                   f'vertical lines: the rates that `lr = tuned` reads. {describe(runs, shelf)}', found)
+                   f'vertical lines: the rates that `lr = tuned` reads, in the style of their start. {describe(runs, shelf)}', found)
 
-# %% ../nbs/08_figures.ipynb #98124d78
+# %% ../nbs/08_figures.ipynb #st4r7002
 def conditions(
     runs:pandas.DataFrame,  # tidy
 )->pandas.Series:           # of text, 'warmup_epochs 0'; empty for most runs
@@ -431,6 +450,54 @@ def conditions(
         if values.nunique() > 1: said += (f', {name} '+values).where(values != values.mode().iloc[-1], '')
     return said.str.removeprefix(', ')
 
+def whole_runs(
+    runs:pandas.DataFrame,  # as `load_runs` gives it
+)->pandas.DataFrame:        # tidy; empty where none was scored on the test images
+    "The runs that show what starts came to"
+    return alike(runs, False, ('zero_init', *ASIDE))
+
+def start_numbers(
+    runs:pandas.DataFrame,  # tidy
+)->pandas.DataFrame:        # per scheme, start, rate and kind of images: rows as `per_run` makes them
+    "Accuracy of every start, on test and on training images"
+    start = start_of(runs)+(', '+conditions(runs)).where(conditions(runs) != '', '')
+    rows = [per_run(own, own[name]).assign(images=images, start=begun, lr=lr)
+            for (_, begun, lr), own in runs.groupby(['norm', start, 'lr'], sort=False) for name, images in (('top1', 'test'), ('train_top1', 'training'))]
+    return pandas.concat(rows, ignore_index=True)[['images', 'scheme', 'start', 'lr', 'what', 'n', 'value', 'low', 'high', 'unit']] if rows else pandas.DataFrame()
+
+
+# %% ../nbs/08_figures.ipynb #st4r7005
+def start_panels(
+    numbers:pandas.DataFrame,  # as `start_numbers` makes it
+)->Figure:
+    "Accuracy by start, a row each; test images left, training images right"
+    rows = list(numbers.groupby(['scheme', 'start', 'lr'], sort=False))
+    fig, axs = plt.subplots(1, 2, figsize=(9, 1+0.3*len(rows)), layout='constrained', sharey=True)
+    for ax, images in zip(axs, ('test', 'training')):
+        for y, ((norm, _, _), own) in enumerate(rows):
+            single, mean = (own[(own['images'] == images) & ((own['what'] == 'mean') == is_mean)] for is_mean in (False, True))
+            ax.plot(single['value'], [y+0.2]*len(single), '.', color=look(norm)['color'], ms=5)
+            ax.plot(mean['value'], [y]*len(mean), ls='', ms=7, **look(norm))
+            ax.hlines([y]*len(mean), mean['low'], mean['high'], color=look(norm)['color'], lw=2)
+        ax.grid(axis='y', color='0.9')
+        ax.set(xlabel=f'top-1 on {images} images, percent')
+    names = [f"{norm}, {start}, lr {lr:g}  (n = {own['n'].max()})" for (norm, start, lr), own in rows]
+    axs[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows)-0.5, -0.5))
+    plt.close(fig)
+    return fig
+
+def starts(
+    runs:pandas.DataFrame,  # as `load_runs` gives it
+    shelf:Shelf,            # where their records are
+)->Picture|None:            # None where no scheme ended from several starts or at several rates
+    "What every scheme came to from every start"
+    runs = whole_runs(runs)
+    found = start_numbers(runs)
+    if not len(found) or found.groupby('scheme')[['start', 'lr']].nunique().max().max() < 2: return None
+    return Picture(start_panels(found), f'Accuracy after the last epoch by start, rate, warm-up and clipping, those of most runs not named. {MARKS} {describe(runs, shelf)}', found)
+
+
+# %% ../nbs/08_figures.ipynb #98124d78
 def survival_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme and learning rate, then a row per scheme and seed

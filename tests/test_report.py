@@ -186,6 +186,16 @@ def test_a_page_shows_how_the_rates_were_chosen(tmp_path):
     _, seen = check(page_of(FIRST_LOOK, tmp_path/'page'))
     assert 'rates' not in seen.ids and not (tmp_path/'page/figures/rates.png').exists()
 
+def test_a_page_shows_what_other_starts_came_to(tmp_path):
+    begun = [make(tmp_path/'runs', norm='bn', seed=seed, zero_init=zero, lr=lr, top1=60+10*zero+seed) for zero, lr in ((False, 0.1), (True, 0.2)) for seed in (0, 1, 2)]
+    make(tmp_path/'runs', norm='bn', lr=0.4, max_steps=5)
+    make(tmp_path/'runs', norm='wn', init='norm_preserving', lr=0.3, holdout=0.2)
+    words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
+    again = words.partition('Starts side by side')[2].rpartition('Starts side by side')[2]
+    assert 'starts' in seen.ids and all(f'reports/{run.name}.ipynb' in again for run in begun) and 'max_steps' not in again and 'norm wn' not in again
+    page_of(FIRST_LOOK, tmp_path/'page')
+    assert not (tmp_path/'page/figures/starts.png').exists()
+
 def test_page_of_no_runs_says_how_to_make_one(tmp_path):
     words, seen = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
     assert 'no runs at all' in words and 'papermill nbs/train.ipynb reports/wn.ipynb -p norm wn' in words
