@@ -7,8 +7,8 @@ __all__ = ['LEAST', 'Estimate', 'SETTING', 'FREE', 'GAPS', 'CLAIMS', 'ITSELF', '
            'ASIDE', 'STANDS', 'STEEP', 'MEASURED', 'UNMEASURED', 'SIGNIFICANT', 'mean_interval', 'spelt', 'welch',
            'paired', 'wilson', 'answers', 'mcnemar', 'holm', 'complete', 'comparable', 'ended_well', 'done',
            'summarised', 'by_setting', 'arm', 'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'kept_power',
-           'place', 'best_setting', 'number', 'table_of', 'not_tested', 'missing', 'ruling', 'interval', 'counted',
-           'other_starts', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains',
+           'place', 'is_whole', 'best_setting', 'number', 'table_of', 'not_tested', 'missing', 'ruling', 'interval',
+           'counted', 'other_starts', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains',
            'place_in_block', 'coherence_rank', 'coherence_ranks', 'read_course', 'courses', 'decide_c2', 'epochs_to',
            'decide_c3', 'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'brackets', 'limits',
            'ladder_row', 'factor_row', 'ladder_numbers', 'how_much', 'apart', 'beside', 'decide_c6', 'probed', 'early',
@@ -191,7 +191,8 @@ def arm(
 )->pandas.DataFrame:            # one per seed, diverged ones too; empty where there is none
     "The runs that stand for a scheme, at one init and one learning rate"
     mine = group[group.norm == norm].drop_duplicates(['init', 'lr', 'seed'])
-    if (mine.init == 'norm_preserving').any(): mine = mine[mine.init == 'norm_preserving']
+    own = mine.init == 'norm_preserving'
+    if (own & mine.status.isin(['finished', 'diverged'])).any(): mine = mine[own]
     cell = mine.groupby(['init', 'lr'], dropna=False).ngroup()
     score = mine.top1.where(ended_well(mine)).groupby(cell).agg(['count', 'sum']).sort_values(['count', 'sum'])
     return mine[cell == score.index[-1]] if len(score) else mine
@@ -273,8 +274,9 @@ def place(
     setting:dict,   # of comparable runs
 )->str:
     "Where the runs of a verdict stand, and whether that is the claim itself"
-    where = f"{setting['arch']} on {setting['data']} at {setting['image_size']} px, {setting['epochs']} epochs, recipe {setting['recipe']}"
-    named = ('train_images', 'max_steps', 'dropout', 'weight_decay', 'grad_clip')
+    side, epochs = (f'{setting[name]:g}' if setting[name] else 'unknown' for name in ('image_size', 'epochs'))  # floats where one config is torn
+    where = f"{setting['arch']} on {setting['data']} at {side} px, {epochs} epochs, recipe {setting['recipe']}"
+    named = ('train_images', 'holdout', 'max_steps', 'dropout', 'weight_decay', 'grad_clip')
     where += ''.join(f', {name} {setting[name]:g}' for name in named if setting[name])
     if kind_of(setting) == 'claim': return where
     size = setting['image_size'] or 224  # None = unknown
@@ -282,12 +284,18 @@ def place(
     return f'analogue ({where}), not the claim itself'
 
 # %% ../nbs/07_stats.ipynb #fa63a62d
+def is_whole(
+    setting:dict,   # of comparable runs
+)->bool:
+    "Were these runs trained to their end, and scored on the test images?"
+    return setting['max_steps'] is None and not setting['holdout']
+
 def best_setting(
     runs:pandas.DataFrame,      # table of runs
     norms:tuple,                # schemes that must all be there
 )->tuple[dict,dict]|None:       # setting, and scheme -> its runs; None where no setting has a finished run of each
     "The setting in which schemes are compared"
-    found = [(setting, {norm: arm(group, norm) for norm in norms}) for setting, group in comparable(runs) if setting['max_steps'] is None]
+    found = [(setting, {norm: arm(group, norm) for norm in norms}) for setting, group in comparable(runs) if is_whole(setting)]
     def rank(candidate):
         setting, arms = candidate
         seeds = min(len(done(mine)) for mine in arms.values())
@@ -326,7 +334,8 @@ def missing(
 )->str:
     "What to say where no setting has a finished run of each scheme"
     wanted = complete(runs).query('norm in @norms')
-    marks = {'diverged': wanted.status == 'diverged', 'were cut short by max_steps and do not count': wanted.max_steps.notna()}
+    marks = {'diverged': wanted.status == 'diverged', 'were cut short by max_steps and do not count': wanted.max_steps.notna(),
+             'were scored on images held out and do not count': pandas.to_numeric(wanted.holdout) > 0}
     had = ''.join(f' ({mark.sum()} of {len(wanted)} such runs {words})' for words, mark in marks.items() if mark.any())
     return (f"no setting has a finished run of each of {', '.join(norms)}{had}; `papermill nbs/train.ipynb reports/{norms[-1]}.ipynb -p norm {norms[-1]} -p seed 0` "
             f'makes one, and three seeds of each scheme can decide')
@@ -366,6 +375,7 @@ def other_starts(
     arms:dict,                  # scheme -> the runs that stand for it there
     what:str,                   # is measured
     value:Callable,             # finished runs -> one value per run
+    unit:str,                   # of the values
 )->str:                         # to follow a verdict's sentence; empty where there is nothing to say
     "What the same schemes come to from another init, or where `zero_init` alone differs, with seeds enough to decide"
     said = []
@@ -377,7 +387,7 @@ def other_starts(
             mine = arm(started, norm)
             found = value(done(mine).set_index('seed')).dropna()
             start = f"with zero_init = {other['zero_init']}, " if changed else ''
-            if len(found) >= LEAST: said.append(start+counted({norm: mine}, {norm: found}, '%'))
+            if len(found) >= LEAST: said.append(start+counted({norm: mine}, {norm: found}, unit))
     return f"; beside it, not compared, {what} from other starts: {'; '.join(said)}" if said else ''
 
 def gap_claim(
@@ -387,6 +397,7 @@ def gap_claim(
     behind:str,                 # scheme that it says has less
     what:str,                   # is measured
     value:Callable,             # finished runs -> one value per run
+    unit:str='%',               # of the values; their gap is in points
 )->Verdict:
     "Decide by the Welch interval of a gap, in points of a percent"
     found = best_setting(runs, (ahead, behind))
@@ -396,9 +407,9 @@ def gap_claim(
     if not all(map(len, values.values())): return not_tested(key, f'the finished runs of {ahead} and {behind} have recorded no {what}')
     gap, pair = welch(values[ahead], values[behind]), paired(values[ahead], values[behind])
     label = f'{ahead} - {behind}'
-    rows = [number(what, norm, mean_interval(v), '%') for norm, v in values.items()]
+    rows = [number(what, norm, mean_interval(v), unit) for norm, v in values.items()]
     rows += [number(what, label, gap, 'points'), number(f'{what}, paired by seed', label, pair, 'points')]
-    why = f'{what}, {label}: {interval(gap, "points")}; {counted(arms, values, "%")}{other_starts(runs, setting, arms, what, value)}'
+    why = f'{what}, {label}: {interval(gap, "points")}; {counted(arms, values, unit)}{other_starts(runs, setting, arms, what, value, unit)}'
     return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), [r for mine in arms.values() for r in mine.run], place(setting))
 
 # %% ../nbs/07_stats.ipynb #7273e960
@@ -570,7 +581,7 @@ def decide_c3(key, runs, folder=None):
        observable='train_top1 minus top1 (both in evaluation mode, final), of wn minus of bn. The gap is what is seen; its cause is an interpretation, which this does not test.',
        rule='Our choice: supported if the 95 % interval by Welch lies above 0, contradicted if below 0, undecided otherwise and with fewer than three seeds of each.')
 def decide_c4(key, runs, folder=None):
-    return gap_claim(key, runs, 'wn', 'bn', 'train_top1 - top1', lambda mine: mine.train_top1-mine.top1)
+    return gap_claim(key, runs, 'wn', 'bn', 'train_top1 - top1', lambda mine: mine.train_top1-mine.top1, 'points')
 
 # %% ../nbs/07_stats.ipynb #0dec4463
 def grids(
@@ -579,7 +590,7 @@ def grids(
     "Groups of settings that differ in dropout and weight decay alone"
     found = {}
     for setting, group in comparable(runs):
-        if setting['max_steps'] is not None: continue
+        if not is_whole(setting): continue
         rest = tuple(str(v) for k, v in setting.items() if k not in ('dropout', 'weight_decay'))
         found.setdefault(rest, []).append((setting, *(done(arm(group, norm)) for norm in ('bn', 'wn'))))
     return list(found.values())
@@ -674,7 +685,7 @@ def ladder_row(
     ladder:pandas.DataFrame,    # as `lr_limits` finds it
 )->dict:
     "What the seeds of a scheme survived, as their mean in ln lr"
-    e = mean_interval(numpy.log(ladder.below[ladder.below > 0]))
+    with numpy.errstate(divide='ignore', invalid='ignore'): e = mean_interval(numpy.log(ladder.below))
     return number(f'largest lr that did not diverge{what}', norm, Estimate(e.n, *map(math.exp, e[1:4])), 'lr')
 
 def factor_row(
@@ -688,11 +699,11 @@ def factor_row(
 def ladder_numbers(
     found:dict,     # as `limits` returns it
 )->list[dict]:
-    "What every seed survived, and each scheme's factor to BN"
+    "What the seeds of each scheme survived and what they did not, as means in ln lr, and each scheme's factor to BN"
     rows = []
     for norm, ladder in found.items():
         rows.append(ladder_row('', norm, ladder))
-        rows.append(number('smallest lr above it that diverged', norm, Estimate(len(ladder), ladder.above.min(), math.nan, math.nan), 'lr'))
+        rows.append(number('smallest lr above it that diverged', norm, Estimate(len(ladder), math.exp(numpy.log(ladder.above).mean()), math.nan, math.nan), 'lr'))
     return rows + [factor_row('', norm, log_gap(found['bn'], found[norm])) for norm in found if norm != 'bn']
 
 # %% ../nbs/07_stats.ipynb #4de1d270
@@ -849,10 +860,11 @@ def decide_c9(key, runs, folder=None):
     shallow = table[table.data.isin(['cifar10', 'cifar10-jpeg']) & ~table.arch.astype(str).str.startswith('resnet')]
     found = [(norm, f) for norm in FAMILY if (f := best_setting(shallow, ('bn', norm)))]
     if not found: return not_tested(key, 'no run of bn and a WN scheme on CIFAR-10 with a shallow network: this project has ResNets only')
+    found = [f for f in found if min(len(done(mine)) for mine in f[1][1].values()) >= LEAST] or found
     norm, (setting, arms) = max(found, key=lambda item: done(item[1][1][item[0]]).top1.mean())
     ends = {name: done(mine) for name, mine in arms.items()}
     gap = welch(ends[norm].top1, ends['bn'].top1, 1-0.05/len(found))
-    fitted = all(mine.train_top1.mean() >= 99.5 for mine in ends.values())
+    fitted = all(done(mine).train_top1.mean() >= 99.5 for _, (_, both) in found for mine in both.values())
     rows = [number(what, name, mean_interval(mine[what]), '%') for what in ('train_top1', 'top1') for name, mine in ends.items()]
     why = f"best WN scheme {norm}, {norm} - bn: {interval(gap, 'points')}; {counted(arms, {k: m.train_top1 for k, m in ends.items()}, '% on training images')}"
     verdict = 'undecided' if ruling(gap) == 'supported' and not fitted else ruling(gap)
@@ -869,7 +881,11 @@ def cost_records(
     place = (Path(folder).absolute() if folder else project_root()/'reports'/'runs').parent/'cost'
     records = [read_json(path) for path in sorted(place.glob('*.json'))]
     def is_usual(record): return record.get('compile', 'kernels') == 'kernels' and not record.get('allocator')
-    return [r for r in records if set(MEASURED) <= set(r) and isinstance(r['seconds'], dict) and (is_usual(r) or not usual)]
+    def is_sound(record):
+        if not (set(MEASURED) <= set(record) and isinstance(record['seconds'], dict)): return False
+        rounds = list(record['seconds'].values())
+        return all(isinstance(times, list) for times in rounds) and len(set(map(len, rounds))) == 1
+    return [r for r in records if is_sound(r) and (is_usual(r) or not usual)]
 
 # %% ../nbs/07_stats.ipynb #d2e3cb27
 def step_ratio(

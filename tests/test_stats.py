@@ -147,6 +147,11 @@ def test_the_arm_of_a_scheme_is_the_lr_with_most_finished_seeds_at_the_norm_pres
     assert set(arm(other, 'wn').init) == {'torch'} and arm(BN, 'wn').empty
 
 
+def test_a_run_that_has_just_begun_hides_no_finished_ones():
+    other = runs_of('wn', [94.0, 93.1, 94.6], init='torch')
+    begun = runs_of('wn', [NAN]).assign(status='started')
+    assert set(arm(comparable(table(BN, other, begun))[0][1], 'wn').init) == {'torch'} and decide('C1', BN, other, begun).verdict == 'supported'
+
 def test_by_setting_counts_what_was_started():
     rows = by_setting(table(BN, runs_of('wn', [94., 93., NAN]), runs_of('np', [95.]).assign(status='started', top1=NAN))).set_index('norm')
     assert rows[['n_started', 'n_finished', 'n_diverged']].values.tolist() == [[3, 3, 0], [1, 0, 0], [3, 2, 1]]
@@ -221,6 +226,12 @@ def test_runs_cut_short_have_no_final_accuracy():
 
 
 # records
+
+def test_images_held_out_are_no_test_images():
+    held = [part.assign(holdout=0.2) for part in (BN, WN)]
+    assert [decide(key, *held).verdict for key in ('C1', 'C2', 'C4')] == ['not tested']*3 and 'held out' in decide('C1', *held).why
+    both = decide('C1', *held, *SWAPPED)
+    assert both.verdict == 'contradicted' and 'holdout' not in both.where
 
 def write(folder, parts, curves=None, slopes=None, coherence=None):
     "Folders of runs; `curves`: scheme -> top1 per epoch, `slopes`: decades per block per epoch"
@@ -380,6 +391,12 @@ def test_c6_compares_limits(bn, others, verdict):
     assert verdict == 'not tested' or (found.kind == 'analogue' and f'of {4*len(bn)*(1+len(others))} runs diverged' in found.why)
 
 
+def test_c6_shows_both_ends_of_a_bracket_as_means_over_the_same_seeds():
+    found = decide('C6', ladder('bn', *[LRS[3]]*3), ladder('wn', LRS[0], LRS[1], LRS[2])).numbers.query("scheme == 'wn'").set_index('what')
+    low, high = (found.loc[what] for what in ('largest lr that did not diverge', 'smallest lr above it that diverged'))
+    assert low.value == pytest.approx(math.prod(LRS[:3])**(1/3)) and high.value == pytest.approx(math.prod(LRS[1:4])**(1/3)) and low.n == high.n == 3
+    assert decide('C6', ladder('bn', *[LRS[3]]*3), ladder('wn', 0, LRS[1], LRS[1])).numbers.query("scheme == 'wn'")[['n', 'value']].values[0].tolist() == [3, 0]
+
 def test_c6_takes_short_runs_but_no_mixture():
     assert decide('C6', ladder('bn', 1, 1, 1, max_steps=50), ladder('wn', 0.1, 0.1, 0.1, max_steps=50)).verdict == 'supported'
     assert decide('C6', ladder('bn', 1, 1, 1, grad_clip=1.), ladder('wn', 0.1, 0.1, 0.1)).verdict == 'not tested'
@@ -407,6 +424,7 @@ def test_c9_needs_a_shallow_network_on_cifar10():
     np = runs_of('np', [89.0, 89.2, 89.1], [100., 99.9, 100.], **net)
     assert [decide('C9', *p).verdict for p in ((bn, wn, np), (bn, np), (bn, wn.assign(train_top1=98.)), (bn[:1], wn[:1]))] == ['supported', 'contradicted', 'undecided', 'undecided']
     assert decide('C9', bn, wn).kind == 'analogue'
+    assert decide('C9', bn, wn, np.assign(train_top1=60.)).verdict == 'undecided' and decide('C9', bn, wn, np[:1].assign(top1=95.)).verdict == 'supported'
     assert [decide('C9', *(part.assign(**other) for part in (bn, wn))).verdict for other in (dict(arch='resnet18'), dict(data='digits'))] == ['not tested']*2
 
 
@@ -442,7 +460,9 @@ def test_a_record_of_another_compiler_or_allocator_is_not_judged(unusual, tmp_pa
 
 def test_cost_without_records_says_what_is_missing(tmp_path):
     (tmp_path/'cost').mkdir()
-    for name, text in dict(torn='{"arch": ', list='[]', part='{"arch": "resnet18"}').items(): (tmp_path/'cost'/f'{name}.json').write_text(text)
+    whole = dict(arch='resnet18', image_size=32, batch_size=8, precision='fp32', channels_last=True, device='cpu', hardware='x')
+    uneven, single = (json.dumps(whole | dict(seconds=s)) for s in (dict(none=[1.]*8, bn=[1.]*7, wn=[1.]*8), dict(none=1., bn=1., wn=1.)))
+    for name, text in dict(torn='{"arch": ', list='[]', part='{"arch": "resnet18"}', uneven=uneven, single=single).items(): (tmp_path/'cost'/f'{name}.json').write_text(text)
     for folder in (tmp_path/'runs', tmp_path/'elsewhere'/'runs'):
         for key in ('C10', 'C11'):
             verdict = CLAIMS[key].decide(table(BN, WN), folder)
