@@ -22,7 +22,7 @@ import pandas, torch
 from matplotlib.figure import Figure
 from .recipe import tuned_table
 from .runs import Record
-from .stats import ASIDE, MEASURED, arm, comparable, cost_records, gains, mean_interval, place_in_block, step_ratio
+from .stats import ASIDE, MEASURED, arm, comparable, cost_records, gains, kind_of, mean_interval, place_in_block, step_ratio
 
 # %% ../nbs/08_figures.ipynb #fecefd01
 LOOKS = dict(bn=('#0072B2', 'o'), none=('#666666', 's'), wn=('#D55E00', '^'), np=('#009E73', 'D'), trelu=('#CC79A7', 'v'))
@@ -31,7 +31,7 @@ def look(
     norm:str,  # scheme; one of your own is drawn in black
 )->dict:       # `color` and `marker` for matplotlib
     "Colour and marker of a scheme"
-    return dict(zip(('color', 'marker'), LOOKS.get(norm, ('#000000', 'x')), strict=True))
+    return dict(zip(('color', 'marker'), LOOKS.get(norm, ('#000000', 'X')), strict=True))
 
 # %% ../nbs/08_figures.ipynb #2bcb72ba
 def caption(
@@ -152,7 +152,7 @@ class Shelf:
 
 # %% ../nbs/08_figures.ipynb #aead1050
 NEEDED = ['run', 'status', 'norm', 'init', 'lr', 'seed', 'data', 'arch', 'image_size', 'epochs', 'recipe', 'batch_size', 'dropout', 'weight_decay',
-          'top1', 'train_top1', 'source', 'train_images', 'warmup_epochs', 'grad_clip', 'zero_init']
+          'top1', 'train_top1', 'source', 'train_images', 'holdout', 'warmup_epochs', 'grad_clip', 'zero_init']
 
 def tidy(
     runs:pandas.DataFrame,  # as `load_runs` gives it, columns missing or not
@@ -197,10 +197,11 @@ def describe(
     "Schemes, n and seeds; data, network, sizes, epochs and recipe; hardware"
     sources = [s for s in runs['source'] if isinstance(s, dict)]
     images = runs['train_images'].fillna(pandas.Series([s.get('train') if isinstance(s, dict) else None for s in runs['source']], runs.index, float))
-    tested = listed(s.get('val') for s in sources)
+    held = listed(share for share in runs['holdout'] if share and pandas.notna(share))
+    used = f'training images, a share of {held} of them held out and tested on' if held != 'not recorded' else f"training and {listed(s.get('val') for s in sources)} test images"
     recipes = ' and '.join(RECIPE_WORDS.get(r, f'recipe `{r}`') for r in runs['recipe'].dropna().unique()) or 'recipe not recorded'
     schemes = '; '.join(about(part) for _, part in runs.groupby('norm', sort=False))
-    return (f"{schemes}. {listed(runs['arch'])} on {listed(runs['data'])} ({listed(images)} training and {tested} test images) at {listed(runs['image_size'])} px, "
+    return (f"{schemes}. {listed(runs['arch'])} on {listed(runs['data'])} ({listed(images)} {used}) at {listed(runs['image_size'])} px, "
             f"{listed(runs['epochs'])} epochs, batch {listed(runs['batch_size'])}, {recipes}. Hardware: {', '.join(shelf.machines(runs['run']))}.")
 
 # %% ../nbs/08_figures.ipynb #f2aa962a
@@ -365,19 +366,19 @@ def alike(
     held:bool,              # scored on images held out, or on the test images
     apart:tuple,            # names in `SETTING` that may differ too
 )->pandas.DataFrame:        # tidy; empty where there is none
-    "The largest group of runs to their end that differ in scheme, init, rate, seed and some names alone"
+    "The largest group of runs to their end that differ in scheme, init, rate, seed and some names alone, the paper's own setting before others"
     groups = {}
     for setting, group in comparable(runs):
-        key = str([value for name, value in setting.items() if name not in apart])
+        key = kind_of(setting) == 'claim', str([value for name, value in setting.items() if name not in apart])
         if bool(setting['holdout']) == held and setting['max_steps'] is None: groups.setdefault(key, []).append(group)
-    return tidy(max(map(pandas.concat, groups.values()), key=len, default=runs.iloc[:0]))
+    best = max(groups, key=lambda key: (key[0], sum(map(len, groups[key]))), default=None)
+    return tidy(pandas.concat(groups[best]) if groups else runs.iloc[:0])
 
 def start_of(
     runs:pandas.DataFrame,  # tidy
 )->pandas.Series:           # of text, 'torch, zero_init'
     "Init of each run, and whether its branches began at 0"
-    return runs['init'].fillna('')+runs['zero_init'].map(lambda zero: ', zero_init' if zero is True else '')
-
+    return runs['init'].astype(object).fillna('')+runs['zero_init'].map(lambda zero: ', zero_init' if zero is True else '')
 
 # %% ../nbs/08_figures.ipynb #ra7e5009
 def tuning_runs(
@@ -397,7 +398,6 @@ def rate_numbers(
                  for lr, part in own.groupby('lr')]
     return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
 
-
 # %% ../nbs/08_figures.ipynb #ra7e5007
 def rate_panels(
     numbers:pandas.DataFrame,  # as `rate_numbers` makes it
@@ -412,8 +412,9 @@ def rate_panels(
         mine = numbers[numbers['scheme'] == norm]
         styles = dict(zip(sorted(mine['start'].unique()), itertools.cycle(('-', '--', ':'))))
         for (start, epochs), own in mine.groupby(['start', 'epochs'], sort=False):
-            how = dict(ms=8, mfc='none') if epochs == longest and numbers['epochs'].nunique() > 1 else dict(ms=4, label=start)
-            ax.semilogx(own['lr'], own['top1'], ls=styles[start], **how, **look(norm))
+            how = dict(ms=8, mfc='none') if epochs == longest and numbers['epochs'].nunique() > 1 else dict(ms=4)
+            named = start in ax.get_legend_handles_labels()[1]
+            ax.semilogx(own['lr'], own['top1'], ls=styles[start], label=None if named else start, **how, **look(norm))
             lost = own[own['diverged'] > 0]
             ax.plot(lost['lr'], [0]*len(lost), 'kx')
         for (scheme, start), lr in chosen.items():
@@ -460,11 +461,14 @@ def start_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # per scheme, start, rate and kind of images: rows as `per_run` makes them
     "Accuracy of every start, on test and on training images"
-    start = start_of(runs)+(', '+conditions(runs)).where(conditions(runs) != '', '')
-    rows = [per_run(own, own[name]).assign(images=images, start=begun, lr=lr)
-            for (_, begun, lr), own in runs.groupby(['norm', start, 'lr'], sort=False) for name, images in (('top1', 'test'), ('train_top1', 'training'))]
-    return pandas.concat(rows, ignore_index=True)[['images', 'scheme', 'start', 'lr', 'what', 'n', 'value', 'low', 'high', 'unit']] if rows else pandas.DataFrame()
-
+    start, rows = start_of(runs)+(', '+conditions(runs)).where(conditions(runs) != '', ''), []
+    for (norm, begun, lr), own in runs.groupby(['norm', start, 'lr'], sort=False):
+        own = own.drop_duplicates('seed')
+        for name, images in (('top1', 'test'), ('train_top1', 'training')):
+            found = per_run(own, own[name])
+            if not len(found): found = pandas.DataFrame([dict(what='mean', scheme=norm, n=0, value=math.nan, low=math.nan, high=math.nan, unit='percent')])
+            rows.append(found.assign(images=images, start=begun, lr=lr, started=len(own)))
+    return pandas.concat(rows, ignore_index=True)[['images', 'scheme', 'start', 'lr', 'started', 'what', 'n', 'value', 'low', 'high', 'unit']] if rows else pandas.DataFrame()
 
 # %% ../nbs/08_figures.ipynb #st4r7005
 def start_panels(
@@ -481,7 +485,7 @@ def start_panels(
             ax.hlines([y]*len(mean), mean['low'], mean['high'], color=look(norm)['color'], lw=2)
         ax.grid(axis='y', color='0.9')
         ax.set(xlabel=f'top-1 on {images} images, percent')
-    names = [f"{norm}, {start}, lr {lr:g}  (n = {own['n'].max()})" for (norm, start, lr), own in rows]
+    names = [f"{norm}, {start}, lr {lr:g}  ({own.loc[own['what'] == 'mean', 'n'].max()} of {own['started'].max()})" for (norm, start, lr), own in rows]
     axs[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows)-0.5, -0.5))
     plt.close(fig)
     return fig
@@ -493,9 +497,10 @@ def starts(
     "What every scheme came to from every start"
     runs = whole_runs(runs)
     found = start_numbers(runs)
-    if not len(found) or found.groupby('scheme')[['start', 'lr']].nunique().max().max() < 2: return None
-    return Picture(start_panels(found), f'Accuracy after the last epoch by start, rate, warm-up and clipping, those of most runs not named. {MARKS} {describe(runs, shelf)}', found)
-
+    if not len(found) or not (found['n'] > 0).any() or found.groupby('scheme')[['start', 'lr']].nunique().max().max() < 2: return None
+    most = ' and '.join(f'{name} {mode:g}' if pandas.notna(mode := runs[name].mode(dropna=False).iloc[0]) else f'{name} none' for name in ASIDE)
+    return Picture(start_panels(found), f'Accuracy after the last epoch by start (init; `zero_init`: residual branches begin at 0), rate, warm-up and clipping ({most} unless said otherwise), '
+                   f'with the number of runs that finished, of those started. {MARKS} {describe(runs, shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #98124d78
 def survival_numbers(
@@ -648,7 +653,7 @@ def cost_panels(
     numbers:pandas.DataFrame,  # as `cost_numbers` makes it
 )->Figure:
     "Step time over that of `none`, a panel per record"
-    records = [part for _, part in numbers.groupby(['image_size', 'batch_size', 'precision', 'device', 'arch'], sort=False)]
+    records = [part for _, part in numbers.groupby([name for name in MEASURED if name != 'seconds'], sort=False)]
     fig, axs = plt.subplots(1, len(records), figsize=(3.6*len(records)+1, 3.2), layout='constrained', sharey=True, squeeze=False)
     for ax, part in zip(axs[0], records, strict=True):
         for x, row in enumerate(part.itertuples()):

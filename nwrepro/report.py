@@ -20,7 +20,7 @@ from . import scaling
 from .data import project_root
 from .figures import Shelf, learning_rates, listed, picture_of, save, starts, tuning_runs, whole_runs
 from .runs import Record, write_atomic
-from .stats import CLAIMS, by_setting, comparable
+from .stats import CLAIMS, by_setting, comparable, complete, is_whole
 
 # %% ../nbs/09_report.ipynb #8fe58159
 ANALOGUE = dict(supported='agrees in direction', contradicted='disagrees in direction', undecided='undecided')
@@ -56,6 +56,7 @@ def evidence(
     ended = ', '.join(f'{n} {status}' for status, n in runs['status'].value_counts().items())
     return f"{len(runs)} run{'s'*(len(runs) > 1)} ({ended}) on {listed(runs.get('data', []))}"
 
+# %% ../nbs/09_report.ipynb #c0nc1u51
 def conclusion(
     verdicts:list,  # `Verdict`s
 )->str:
@@ -64,7 +65,8 @@ def conclusion(
     claims, analogues = ([v for v in decided if v.kind == kind] for kind in ('claim', 'analogue'))
     if claims: return f"Decided in the paper's own setting: {tally(claims, CLAIMS)}; everything else is an analogue, undecided or not tested."
     if analogues: return f"Nothing here was decided in the paper's own setting, so the paper is neither confirmed nor refuted; in smaller settings, {len(analogues)} of its {len(verdicts)} claims got an answer."
-    return f"Nothing is decided: none of the {len(verdicts)} claims has enough runs, and each section below names the command that makes what is missing."
+    tested = sum(v.verdict != 'not tested' for v in verdicts)
+    return f"Nothing is decided: {tested} of the {len(verdicts)} claims were measured, and no interval of theirs decides; each section below says what that would take."
 
 def answer(
     verdicts:list,          # `Verdict`s of all claims
@@ -87,9 +89,11 @@ def shown(
 )->pandas.DataFrame:  # some of the runs
     "The runs of a claim's figure"
     judged = [group for _, group in groups if group['run'].isin(verdict.runs).any()]
-    def rank(group): return group['norm'].nunique(), (group['status'] == 'finished').sum()
-    largest = max((group for _, group in groups), key=rank, default=pandas.DataFrame(columns=['run']))
-    return pandas.concat(judged, ignore_index=True) if judged else largest
+    if judged: return pandas.concat(judged, ignore_index=True)
+    def rank(candidate):
+        setting, group = candidate
+        return is_whole(setting), group['norm'].nunique(), (group['status'] == 'finished').sum()
+    return max(groups, key=rank, default=({}, pandas.DataFrame(columns=['run'])))[1]
 
 def draw(
     verdicts:list,          # `Verdict`s
@@ -131,7 +135,8 @@ def cell(
 )->str:
     "A value as a table shows it"
     if isinstance(value, bool) or not isinstance(value, Real): return '' if value is None else str(value)
-    return '' if pandas.isna(value) else f'{value:.4g}'
+    if pandas.isna(value): return ''
+    return str(int(value)) if float(value).is_integer() else f'{value:.4g}'
 
 def table(
     frame:pandas.DataFrame,  # any
@@ -177,8 +182,7 @@ def run_table(
     made = table(runs.reindex(columns=COLUMNS), 'All runs')
     for row, name in zip(made['rows'], runs['run'], strict=True):
         origin = Record(name, shelf.folder).provenance
-        machine = origin.get('machine', {})
-        hardware = ' + '.join(machine.get('gpus') or [machine.get('cpu') or ''])
+        hardware, = shelf.machines([name])
         row[:0] = [[(name, None)], links(shelf.folder/name, start)]
         row += [[(text, None)] for text in (hardware, origin.get('versions', {}).get('torch') or '', str(origin.get('date', ''))[:10])]
     return made | dict(columns=['run', 'files', *made['columns'], 'hardware', 'torch', 'date'])
@@ -189,8 +193,8 @@ def missing(
     shelf:Shelf,            # after the figures were drawn
 )->list[str]:               # a sentence each
     "What the page can't show, and what to do about it"
-    torn = runs['run'][runs['norm'].isna()] if 'norm' in runs else runs['run']
-    notes = [f'{name}: its config.json cannot be read, so it counts for nothing: restore the file, or remove the folder and train again.' for name in torn]
+    torn = runs['run'][~runs['run'].isin(complete(runs)['run'])] if len(runs) else []
+    notes = [f'{name}: its config.json cannot be read, or does not say what was run, so it counts for nothing: restore the file, or remove the folder and train again.' for name in torn]
     notes += [f"{name} is not drawn: {error.replace(f'{shelf.folder.absolute()}{os.sep}', '')}." for name, error in shelf.damaged.items()]
     cut = runs['run'][runs['status'].isin(['started', 'interrupted'])]
     if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it goes on where it stopped.')

@@ -1,14 +1,14 @@
 "The page of a report: on real runs, on nothing, on broken folders, on thousands of folders, and in a real browser"
-import contextlib, json, math, os, re, shutil, subprocess, sys, time
+import contextlib, dataclasses, json, math, os, re, shutil, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-import pytest
+import pandas, pytest
 
 from conftest import ROOT, run_in
 from nwrepro.figures import FIGURES, LOOKS, Shelf, caption, picture_of
-from nwrepro.report import draw, write_page
+from nwrepro.report import cell, conclusion, draw, write_page
 from nwrepro.runs import Run, load_runs, run_name
 from nwrepro.stats import CLAIMS, comparable, judge
 
@@ -196,6 +196,13 @@ def test_a_page_shows_what_other_starts_came_to(tmp_path):
     page_of(FIRST_LOOK, tmp_path/'page')
     assert not (tmp_path/'page/figures/starts.png').exists()
 
+def test_numbers_are_written_as_a_reader_would():
+    assert [cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000', '48', '0.0125', '0.6667', '', '', 'True', 'wn']
+
+def test_an_answer_that_decides_nothing_says_how_much_was_measured():
+    measured, missing = (dataclasses.replace(judge(pandas.DataFrame(), 'nowhere')[0], verdict=verdict) for verdict in ('undecided', 'not tested'))
+    assert conclusion([measured, measured, missing]).startswith('Nothing is decided: 2 of the 3 claims were measured')
+
 def test_page_of_no_runs_says_how_to_make_one(tmp_path):
     words, seen = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
     assert 'no runs at all' in words and 'papermill nbs/train.ipynb reports/wn.ipynb -p norm wn' in words
@@ -262,7 +269,7 @@ def test_page_of_a_torn_folder(tmp_path, tear, others):
     tear(run)
     words, _ = check(page_of(tmp_path/'runs', tmp_path/'page'))
     assert run.name in words
-    if tear in (torn_config, empty_config): assert f'{run.name}: its config.json cannot be read' in words
+    if tear in (torn_config, empty_config, bare): assert f'{run.name}: its config.json cannot be read' in words
     if tear is torn_summary: assert 'have not ended, such as ' + run.name in words
     if tear is damaged_metrics: assert f'{run.name} is not drawn: {run.name}/metrics.jsonl: record 1 of 16 is damaged' in words
 
