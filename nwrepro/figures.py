@@ -461,8 +461,8 @@ def start_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # per scheme, start, rate and kind of images: rows as `per_run` makes them
     "Accuracy of every start, on test and on training images"
-    start, rows = start_of(runs)+(', '+conditions(runs)).where(conditions(runs) != '', ''), []
-    for (norm, begun, lr), own in runs.groupby(['norm', start, 'lr'], sort=False):
+    start, norms, rows = start_of(runs)+(', '+conditions(runs)).where(conditions(runs) != '', ''), runs['norm'].unique().tolist(), []
+    for (norm, begun, lr), own in sorted(runs.groupby(['norm', start, 'lr']), key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
         own = own.drop_duplicates('seed')
         for name, images in (('top1', 'test'), ('train_top1', 'training')):
             found = per_run(own, own[name])
