@@ -7,10 +7,10 @@ __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'PLAC
            'pictures', 'spread', 'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe',
            'per_run', 'points', 'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves',
            'convergence', 'grid_numbers', 'grid', 'regularisers', 'alike', 'start_of', 'tuning_runs', 'rate_numbers',
-           'rate_panels', 'learning_rates', 'conditions', 'whole_runs', 'start_numbers', 'start_panels', 'starts',
-           'survival_numbers', 'survival_curves', 'stability', 'depth_numbers', 'depths', 'signal_by_depth',
-           'coherence_numbers', 'scatter', 'coherence_and_gain', 'cost_numbers', 'cost_panels', 'cost_per_step',
-           'picture_of', 'save']
+           'rate_panels', 'learning_rates', 'spelt_conditions', 'usual_conditions', 'conditions', 'whole_runs',
+           'start_numbers', 'start_panels', 'starts', 'survival_numbers', 'survival_curves', 'stability',
+           'depth_numbers', 'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain',
+           'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
 
 # %% ../nbs/08_figures.ipynb #0077c82d
 import itertools, math
@@ -441,16 +441,27 @@ def learning_rates(
                    f'vertical lines: the rates that `lr = tuned` reads, in the style of their start. {describe(runs, shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #st4r7002
+def spelt_conditions(
+    runs:pandas.DataFrame,  # tidy
+)->pandas.DataFrame:        # of text, 'warmup_epochs 0', a column per name in `ASIDE`
+    "Warm-up and clipping of each run"
+    return pandas.DataFrame({name: [f'{name} none' if pandas.isna(value) else f'{name} {value:g}' for value in runs[name]] for name in ASIDE}, index=runs.index, dtype=object)
+
+def usual_conditions(
+    runs:pandas.DataFrame,  # tidy, at least one
+)->pandas.Series:           # of text, an entry per name in `ASIDE`
+    "Warm-up and clipping of most runs"
+    return spelt_conditions(runs).mode().ffill().iloc[-1]
+
 def conditions(
     runs:pandas.DataFrame,  # tidy
 )->pandas.Series:           # of text, 'warmup_epochs 0'; empty for most runs
     "Warm-up and clipping of each run, where they are not those of most"
-    said = pandas.Series('', runs.index)
-    for name in ASIDE:
-        values = runs[name].map(lambda value: 'none' if pandas.isna(value) else f'{value:g}')
-        if values.nunique() > 1: said += (f', {name} '+values).where(values != values.mode().iloc[-1], '')
-    return said.str.removeprefix(', ')
+    if not len(runs): return pandas.Series('', runs.index)
+    spelt, usual = spelt_conditions(runs), usual_conditions(runs)
+    return spelt.apply(lambda row: ', '.join(row[row != usual]), axis=1)
 
+# %% ../nbs/08_figures.ipynb #st4r7008
 def whole_runs(
     runs:pandas.DataFrame,  # as `load_runs` gives it
 )->pandas.DataFrame:        # tidy; empty where none was scored on the test images
@@ -461,7 +472,8 @@ def start_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # per scheme, start, rate and kind of images: rows as `per_run` makes them
     "Accuracy of every start, on test and on training images"
-    start, norms, rows = start_of(runs)+(', '+conditions(runs)).where(conditions(runs) != '', ''), runs['norm'].unique().tolist(), []
+    norms, rows = runs['norm'].unique().tolist(), []
+    start = (start_of(runs)+', '+conditions(runs)).str.removesuffix(', ')
     for (norm, begun, lr), own in sorted(runs.groupby(['norm', start, 'lr']), key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
         own = own.drop_duplicates('seed')
         for name, images in (('top1', 'test'), ('train_top1', 'training')):
@@ -498,8 +510,8 @@ def starts(
     runs = whole_runs(runs)
     found = start_numbers(runs)
     if not len(found) or not (found['n'] > 0).any() or found.groupby('scheme')[['start', 'lr']].nunique().max().max() < 2: return None
-    most = ' and '.join(f'{name} {mode:g}' if pandas.notna(mode := runs[name].mode(dropna=False).iloc[0]) else f'{name} none' for name in ASIDE)
-    return Picture(start_panels(found), f'Accuracy after the last epoch by start (init; `zero_init`: residual branches begin at 0), rate, warm-up and clipping ({most} unless said otherwise), '
+    usual = ' and '.join(usual_conditions(runs))
+    return Picture(start_panels(found), f'Accuracy after the last epoch by start (init; `zero_init`: residual branches begin at 0), rate, warm-up and clipping ({usual} unless said otherwise), '
                    f'with the number of runs that finished, of those started. {MARKS} {describe(runs, shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #98124d78
