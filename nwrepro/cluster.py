@@ -14,7 +14,7 @@ os.environ.setdefault('SUBMITIT_PREEMPT_SIGNAL', 'USR1')  # which a run knows; s
 from .processes import first_line
 from .recipe import parse_value
 from .runs import Record
-from .sweeps import STOPPED, asked, over, start
+from .sweeps import STOPPED, asked, over, start, threads_for
 
 # %% ../nbs/06_cluster.ipynb #b63688c4
 OURS = ('job-name', 'time', 'signal', 'output', 'error', 'open-mode', 'array', 'requeue', 'ntasks', 'nodes')
@@ -24,7 +24,9 @@ def sbatch_options(
 )->dict:            # name -> value, True for an option without one
     "Options of a job; ValueError for what is not an option, or not free"
     options = {}
-    for word in shlex.split(words or ''):
+    try: given = shlex.split(words or '')
+    except ValueError as error: raise ValueError(f'sbatch = {words} is not accepted: {str(error).lower()}') from None
+    for word in given:
         name, equals, value = word.partition('=')
         if not name.startswith('--') or len(name) < 3: raise ValueError(f'sbatch = {words} is not accepted: {word!r} is no option, expected words as --partition=gpu')
         if name[2:] in OURS: raise ValueError(f"sbatch = {words} is not accepted: {name} is set by the sweep{' (give hours)' if name == '--time' else ''}")
@@ -40,7 +42,7 @@ class RunPoint:
     ): self.given, self.name, self.process = given, name, None
     def __call__(self):
         "Execute `train.ipynb`; what went wrong in one sentence, or None"
-        self.process = start(self.given, self.name, os.environ['SLURM_CPUS_ON_NODE'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = start(self.given, self.name, threads_for(os.environ['SLURM_CPUS_ON_NODE'], self.given), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = ''
         for said in self.process.stdout: print(said, end='', flush=True)
         code = self.process.wait()

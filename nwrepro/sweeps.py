@@ -6,9 +6,9 @@
 __all__ = ['OWN', 'Point', 'RESULTS', 'ALIKE', 'STOPPED', 'Job', 'Outcome', 'FACTORS', 'SHORT', 'THIRD', 'HELD_OUT', 'PROBES',
            'BOUNDS', 'PROBE_STEPS', 'GRIDS', 'sweep_parameters', 'expand', 'resolve', 'plan', 'unfinished_notebook',
            'over', 'steps_done', 'evaluations', 'paces', 'seconds_left', 'together', 'in_words', 'overview',
-           'stop_with_parent', 'in_palette', 'lighten', 'execute', 'main', 'asked', 'start', 'launch', 'complaint',
-           'run_points', 'wait_for_one', 'sweep', 'preview', 'raise_failed', 'shortened', 'setting', 'scores', 'best',
-           'tuning', 'write_tuned', 'middle', 'narrowed', 'bisection', 'survivors']
+           'stop_with_parent', 'in_palette', 'lighten', 'execute', 'main', 'asked', 'threads_for', 'start', 'launch',
+           'complaint', 'run_points', 'wait_for_one', 'sweep', 'preview', 'raise_failed', 'shortened', 'setting',
+           'scores', 'best', 'tuning', 'write_tuned', 'middle', 'narrowed', 'check_probe', 'bisection', 'survivors']
 
 # %% ../nbs/06_sweeps.ipynb #56f6d098
 import base64, io, itertools, json, math, os, signal, subprocess, sys, tempfile, threading, time
@@ -39,7 +39,7 @@ OWN = dict(
 
 def sweep_parameters(
     namespace:dict,  # `globals()` of the notebook
-)->tuple[dict,SimpleNamespace]:  # parameters of runs, each a value or a list; `grid`, `jobs` and `dry_run`
+)->tuple[dict,SimpleNamespace]:  # parameters of runs, each a value or a list; the names in `OWN` beside them
     "What a notebook's cell asks for; ValueError for a name or a value of the sweep that is not accepted"
     values = notebook_parameters(namespace, [*RULES, *OWN])
     own = SimpleNamespace(**{name: parse_value(name, values.pop(name), OWN) for name in OWN})
@@ -265,10 +265,17 @@ def asked(
     "What a point has to be told"
     return {k: v for k, v in check_parameters(point.given).items() if v != DEFAULTS.get(k)}
 
+def threads_for(
+    cores:int,      # that a run may use
+    given:dict,     # its parameters
+)->int:             # per process, at least 1
+    "A process's share of the cores of a run"
+    return max(1, int(cores)//parse_value('processes', given.get('processes', DEFAULTS['processes'])))
+
 def start(
     given:dict,     # parameters of a run
     name:str,       # of its folder
-    threads,        # for the arithmetic of the run
+    threads,        # of each of its processes
     **streams,      # where its output goes, as `subprocess.Popen` takes it
 )->subprocess.Popen:# its input is a pipe, and closing that stops the run
     "Start one run in a process of its own"
@@ -277,7 +284,7 @@ def start(
 
 def launch(
     point:Point,    # of a grid
-    threads,        # for the arithmetic of the run
+    threads,        # of each of its processes
 )->Job:             # under way
     "Start one point"
     log = tempfile.TemporaryFile('w+')
@@ -302,10 +309,11 @@ def run_points(
 )->dict:            # name of a run -> what went wrong
     "Run what is not over; a point that fails does not stop the rest"
     waiting, running, failed = [p for p in points if not over(p)], [], {}
-    threads = os.environ.get('OMP_NUM_THREADS') or max(1, machine()['cores']//jobs)
+    given, cores = os.environ.get('OMP_NUM_THREADS'), machine()['cores']//jobs
+    def begin(point): return launch(point, given or threads_for(cores, point.given))
     try:
         while waiting or running:
-            while waiting and len(running) < jobs: running.append(launch(waiting.pop(0), threads))
+            while waiting and len(running) < jobs: running.append(begin(waiting.pop(0)))
             show([job.point.record.name for job in running], failed)
             wait_for_one(running)
             for job in [job for job in running if job.process.poll() is not None]:
@@ -419,14 +427,16 @@ def tuning(
 def write_tuned(
     points:list[Point], # of a tuning, all over
 )->pandas.DataFrame:    # the rows that were written
-    "Put the best rate of each setting into `reports/tuned_lr.csv`, in place of an older one"
+    "Put the best rate of each setting into `reports/tuned_lr.csv`, in place of an older one; ValueError where no rate of a setting ended"
     found = scores(points).drop_duplicates(list(TUNED_BY)).assign(date=datetime.now(timezone.utc).date().isoformat())
     found = found[[*TUNED_BY, 'epochs', 'lr', 'top1', 'n', 'runs', 'date']].round(dict(top1=2))
+    found, lost = found[found['top1'] > 0], found[found['top1'] == 0]
     rows = {tuple(str(row[name]) for name in TUNED_BY): row for row in (*tuned_table(), *found.to_dict('records'))}
     writer = DictWriter(text := io.StringIO(newline=''), list(found), lineterminator='\n')
     writer.writeheader()
     writer.writerows(row for _, row in sorted(rows.items()))
     write_atomic(project_root()/'reports'/'tuned_lr.csv', text.getvalue())
+    if len(lost): raise ValueError(f"every rate diverged for {' and '.join(f'{norm} from {init}' for norm, init in zip(lost['norm'], lost['init']))}, so there is none to keep: give smaller ones, as lr = [0.0001, 0.001]")
     return found
 
 # %% ../nbs/06_sweeps.ipynb #0be7ac75
@@ -448,16 +458,28 @@ def narrowed(
     low, high = bounds
     return (middle(low, high), high) if survived else (low, middle(low, high))
 
+# %% ../nbs/06_sweeps.ipynb #5w33p002
+def check_probe(
+    point:Point,    # of a bisection
+)->None:
+    "ValueError for a probe that ends before the rate has come to its full height"
+    warm = min(round(point.recipe.warmup_epochs*point.batches), point.recipe.epochs*point.batches-1)
+    if point.steps <= warm: raise ValueError(f'point {point.label}: a probe of {point.steps} steps ends within its warm-up of {warm}, before the rate is reached: '
+                                             f'give max_steps = {warm+PROBE_STEPS}, or warmup_epochs = 0')
+
+
 # %% ../nbs/06_sweeps.ipynb #b79697f5
 def bisection(
     given:dict,     # parameter -> value, or list; `lr` the two bounds, `max_steps` the length of a probe
 ):                  # yields `PROBES` rounds, with one point per combination
     "Halve the interval of each combination, all side by side"
     bounds, steps = (default if given.get(name) in (None, 'none') else given[name] for name, default in (('lr', BOUNDS), ('max_steps', PROBE_STEPS)))
-    if not isinstance(bounds, list) or len(bounds) != 2 or not 0 < parse_value('lr', bounds[0]) < parse_value('lr', bounds[1]):
+    pair = [parse_value('lr', bound) for bound in bounds] if isinstance(bounds, list) else []
+    if [type(rate) for rate in pair] != [float, float] or not 0 < pair[0] < pair[1]:
         raise ValueError(f'lr = {bounds} is not accepted: survival takes two bounds, as [0.001, 10]')
-    low, high = (parse_value('lr', bound) for bound in bounds)
+    low, high = pair
     starts = plan(expand(given | dict(lr=middle(low, high), max_steps=steps)), shown=('norm', 'lr'))
+    for start in starts: check_probe(start)
     left = [(low, high)]*len(starts)
     for _ in range(PROBES):
         points = plan([start.given | dict(lr=middle(*pair)) for start, pair in zip(starts, left, strict=True)], shown=('norm', 'lr'))
@@ -473,7 +495,7 @@ def survivors(
                  if name != 'lr' and value != getattr(points[0].recipe, name)})
     frame = pandas.DataFrame([asdict(p.recipe) | dict(survives=p.recipe.lr if p.record.status == 'finished' else None,
                              diverges=p.recipe.lr if p.record.status == 'diverged' else None) for p in points])
-    return frame.astype(dict(survives=float, diverges=float)).groupby(names, sort=False).agg(survives=('survives', 'max'), diverges=('diverges', 'min'), probes=('lr', 'size')).reset_index()
+    return frame.astype(dict(survives=float, diverges=float)).groupby(names, sort=False, dropna=False).agg(survives=('survives', 'max'), diverges=('diverges', 'min'), probes=('lr', 'size')).reset_index()
 
 # %% ../nbs/06_sweeps.ipynb #21fc508a
 GRIDS = dict(points=lambda given: iter([plan(expand(given))]), tune_lr=tuning, survival=bisection)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, run_in, snapshot
 from nwrepro import sweeps
-from nwrepro.recipe import TUNED_BY, make_recipe, tuned_lr
+from nwrepro.recipe import TUNED_BY, make_recipe, tuned_lr, tuned_table
 from nwrepro.runs import Record, Run, load_runs, read_metrics
 from nwrepro.survival import hold, release
 from nwrepro.sweeps import (FACTORS, GRIDS, Outcome, bisection, expand, in_words, over, overview, paces, plan, preview, raise_failed, resolve, seconds_left,
@@ -70,7 +70,8 @@ REFUSED = [
     (dict(norm=['bn', 'wn'], init=['torch', 'data']), "point norm=bn init=data: unknown init for norm 'bn'"), (dict(seed=[[0, 1]]), 'point norm=bn: seed = [0, 1] is not accepted'),
     (dict(batch_size=[20, 500]), 'point batch_size=500: batch_size = 500 is more than'), (dict(train_images=[100, 9999]), 'point train_images=9999: '), (dict(norm='[bn,wn]'), "point norm=[bn,wn]: unknown norm '[bn,wn]'"),
     (dict(lr='tuned'), 'point norm=bn: lr = tuned finds no row for data digits'), (dict(grid='tune_lr', dropout=[0, 0.5]), 'dropout = [0, 0.5] is a list, which tune_lr takes only for'),
-    (dict(grid='survival', lr=0.1), 'lr = 0.1 is not accepted: survival takes two bounds'), (dict(grid='survival', lr=[1, 0.1]), 'lr = [1, 0.1] is not accepted: survival'),
+    (dict(grid='survival', lr=0.1), 'lr = 0.1 is not accepted: survival takes two bounds'), (dict(grid='survival', lr=[1, 0.1]), 'lr = [1, 0.1] is not accepted: survival'), (dict(grid='survival', lr=[0.1, 'none']), "lr = [0.1, 'none'] is not accepted: survival"),
+    (dict(grid='survival', lr=[0.1, 'tuned']), "lr = [0.1, 'tuned'] is not accepted: survival"),
     (dict(grid='survival', lr=['a', 1]), 'lr = a is not accepted'),
 ]
 
@@ -168,15 +169,21 @@ def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
     with pytest.raises(ValueError, match='finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, zero_init False, batch_size 10 '):
         preview(SMALL | dict(norm='wn', lr='tuned', batch_size=10), 'points')
 
-@pytest.mark.parametrize('given, threads', [('3', '3'), (None, 2)])
-def test_threads_are_those_of_the_environment_or_a_share_of_the_cores(given, threads, elsewhere, monkeypatch):
+def test_a_setting_whose_every_rate_diverged_gets_no_row(elsewhere):
+    points = plan(expand(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2], holdout=0.1)))
+    for point in points: pretend(point, 'finished' if point.recipe.norm == 'bn' else 'diverged', top1=50. if point.recipe.norm == 'bn' else None)
+    with pytest.raises(ValueError, match='^every rate diverged for wn from norm_preserving, so there is none to keep: give smaller ones'): write_tuned(points)
+    assert [row['norm'] for row in tuned_table()] == ['bn']
+
+@pytest.mark.parametrize('given, processes, threads', [('3', 2, '3'), (None, 1, 2), (None, 2, 1), (None, 5, 1)])
+def test_threads_are_those_of_the_environment_or_a_share_of_the_cores(given, processes, threads, elsewhere, monkeypatch):
     class Launched(Exception): pass
     def launch(point, threads): raise Launched(threads)
     monkeypatch.setattr(sweeps, 'launch', launch)
     monkeypatch.setattr(sweeps, 'machine', lambda: dict(cores=8))
     if given: monkeypatch.setenv('OMP_NUM_THREADS', given)
     else: monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    with pytest.raises(Launched) as told: sweeps.run_points(plan([SMALL | dict(norm='wn')]), 4, lambda running, failed: None)
+    with pytest.raises(Launched) as told: sweeps.run_points(plan([SMALL | dict(norm='wn', processes=processes)]), 4, lambda running, failed: None)
     assert told.value.args == (threads,)
 
 @pytest.mark.parametrize('limit', [1e-4, 0.0123, 0.37, 5, 20])
@@ -192,6 +199,20 @@ def test_bisection_encloses_the_largest_rate_that_survives(limit, elsewhere):
         if 1e-3 < at < 10: assert min(row.diverges, 10)/max(row.survives, 1e-3) < 1.17
         if at <= 1e-3: assert math.isnan(row.survives)
         if at >= 10: assert math.isnan(row.diverges)
+
+def test_bisection_keeps_a_combination_that_has_none(elsewhere):
+    probed = []
+    for one in bisection(SMALL | dict(norm='wn', grad_clip=['none', 1.])):
+        for point in one: pretend(point, 'finished' if point.recipe.lr < (2 if point.recipe.grad_clip else 0.1) else 'diverged')
+        probed += one
+    table = survivors(probed)
+    assert table['grad_clip'].isna().tolist() == [True, False] and table['probes'].tolist() == [6, 6]
+    assert table['survives'][0] < 0.1 <= table['diverges'][0] < table['survives'][1] < 2 <= table['diverges'][1]
+
+def test_a_probe_that_never_reaches_its_rate_is_refused(elsewhere):
+    with pytest.raises(ValueError, match='ends within its warm-up of 10, before the rate is reached: give max_steps = 110, or warmup_epochs = 0$'):
+        next(bisection(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=10)))
+    assert len(next(bisection(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=11)))) == 1
 
 def test_what_failed_is_named_at_the_end(elsewhere):
     points = preview(SMALL | dict(norm=['bn', 'wn']), 'points')
