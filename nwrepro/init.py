@@ -39,7 +39,7 @@ def he_length(
 )->float:                       # length of each filter
     "Length of a filter under He's rule (fan-out); for the head, the length that torch's `nn.Linear` gives"
     if isinstance(layer, nn.Linear): return math.sqrt(1/3)
-    return math.sqrt(2*layer.in_channels/layer.out_channels)
+    return math.sqrt(2*layer.in_channels/(layer.groups*layer.out_channels))
 
 # %% ../nbs/01_init.ipynb #29b26cf5
 @torch.no_grad()
@@ -150,8 +150,9 @@ INITS = dict(torch=init_torch, data=init_data, norm_preserving=init_norm_preserv
 def zero_last(
     model:nn.Module,  # timm ResNet that joins its branches by a plain sum, changed in place
 )->None:
-    "Let each residual branch start at 0: gamma, `g` or weight of its last layer; `modern` recipe, equal for all schemes with a sum"
+    "Let each residual branch start at 0: gamma, `g` or weight of its last layer, and a bias behind it; `modern` recipe, equal for all schemes with a sum"
     for block, _ in blocks(model):
         conv, norm = (block.conv3, block.bn3) if hasattr(block, 'conv3') else (block.conv2, block.bn2)
-        last = norm.weight if isinstance(norm, nn.BatchNorm2d) else conv.g if hasattr(conv, 'g') else conv.weight
-        last.zero_()
+        last = norm if getattr(norm, 'weight', None) is not None else conv
+        for p in (getattr(last, 'g', None) if hasattr(last, 'g') else last.weight, last.bias):
+            if p is not None: p.zero_()

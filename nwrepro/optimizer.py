@@ -119,13 +119,15 @@ def advance(
 
 # %% ../nbs/06_optimizer.ipynb #0227ac4a
 class WNSGD(torch.optim.SGD):
-    "SGD with momentum and decay; on `v` and `g` of the layers handed over by way of their effective weights"
+    "SGD with momentum and decay; on `v` and `g` of the layers handed over by way of their effective weights. ValueError for dampening, nesterov and maximize"
     def __init__(self,
         params,       # as `torch.optim.SGD` takes them, `v` and `g` among them; one weight decay for all `v`, one for all `g`
         layers=(),    # weight-normalised layers, as `normalised` lists them
         dtype=None,   # in which convolutions take their weight; None = that of `v`
-        **kwargs      # lr, momentum, fused, ... as `torch.optim.SGD`; no dampening and no nesterov
+        **kwargs      # lr, momentum, fused, ... as `torch.optim.SGD`
     ):
+        refused = [name for name in ('dampening', 'nesterov', 'maximize') if kwargs.get(name)]
+        if refused: raise ValueError(f"{', '.join(refused)}: the step on v and g is that of plain SGD with momentum, leave it out")
         super().__init__(params, **kwargs)
         self.layers, self.clip, self.seen, self.products = list(layers), 1., None, None
         self.constants = {l: constants(l) for l in self.layers}
@@ -147,9 +149,11 @@ class WNSGD(torch.optim.SGD):
         return loss
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
+        self.seen = None  # a new gradient may lie where the old one did
         for l in self.layers: l.ready.grad = None
     def load_state_dict(self, saved):
         super().load_state_dict(saved)
+        self.seen = None
         for l in self.layers: renew(l)
 
 # %% ../nbs/06_optimizer.ipynb #7a68f02e

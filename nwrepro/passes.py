@@ -81,6 +81,7 @@ class Kernel:
         if not Kernel.wanted or torch.compiler.is_compiling(): return self.f(*args)
         self.fast = self.fast or torch.compile(self.f, dynamic=True)
         try: return self.fast(*args)
+        except torch.OutOfMemoryError: raise  # no matter of the compiler, and `f` may have changed its tensors
         except (RuntimeError, OSError) as error:
             Kernel.wanted = False
             warnings.warn(f'kernels run uncompiled, which is slower, since compiling failed: {str(error).splitlines()[0]}')

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'STOCK', 'keep', 'no_norm', 'batch_norm', 'with_bias', 'relu', 'strict', 'Scheme', 'run', 'JoinBlock',
-           'period_strides', 'has_period_strides', 'swap', 'join_branches', 'scale_outputs', 'choose', 'check_resnet',
-           'convert', 'parameter_roles', 'plain_layer', 'fold_weights', 'fold', 'norm_name', 'norm_state', 'to_timm']
+           'period_strides', 'has_period_strides', 'swap', 'join_branches', 'scale_outputs', 'check_slots', 'choose',
+           'check_resnet', 'convert', 'parameter_roles', 'plain_layer', 'fold_weights', 'fold', 'norm_name',
+           'norm_state', 'to_timm']
 
 # %% ../nbs/02_surgery.ipynb #3817ab18
 import copy
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from timm.layers import DropBlock2d, DropPath
 from timm.models.resnet import ResNet
 from .init import INITS, blocks, zero_last
 from .layers import GhostBatchNorm2d, WNConv2d, weight_normalize
@@ -181,6 +183,20 @@ def scale_outputs(
                 scale_output(m, AT_JOIN, shifts=False)
                 block.join.factor = 1.
 
+# %% ../nbs/02_surgery.ipynb #5urg0002
+def check_slots(
+    model:nn.Module,  # with all slots filled
+)->None:
+    "ValueError where slots need others than they have"
+    convs, joins = ([m for m in model.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, JoinBlock))
+    if any(hasattr(block.join, 'weights') for block in joins) and not all(isinstance(m, WNConv2d) and m.bias is None for m in convs):
+        raise ValueError('a join that puts its weights on filters needs conv=strict, without biases: take WNAdd as join and TReLU as act with other convolutions')
+    scaled = [any(isinstance(m, kind) for m in model.modules()) for kind in (NPFloor, NPJoin)]
+    if any(scaled) and not (all(scaled) and all(isinstance(m, WNConv2d) and m.bias is not None for m in convs) and not any(isinstance(m, (DropPath, DropBlock2d)) for m in model.modules())):
+        raise ValueError('NPFloor and NPJoin leave scale and shift to the convolutions: they go together, with conv=weight_normalize, and without DropPath or DropBlock; '
+                         'take NPReLU as act and NPAdd as join otherwise')
+
+
 # %% ../nbs/02_surgery.ipynb #a0ea0098
 def choose(
     kind:str,     # what is chosen, for the message
@@ -193,6 +209,8 @@ def choose(
     raise ValueError(f'unknown {kind} {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '') + f"accepted: {', '.join(accepted)}")
 
 # %% ../nbs/02_surgery.ipynb #3b87d8f8
+STOCK = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout)
+
 def check_resnet(
     model:nn.Module,  # what was handed in
 )->None:
@@ -201,9 +219,10 @@ def check_resnet(
     odd = [m for m in model.modules() if isinstance(m, JoinBlock) or (isinstance(m, nn.Conv2d) and hasattr(m, 'v'))]
     extra = plain and any(getattr(block, 'se', None) is not None for block, _ in blocks(model))
     norms = [m for m in model.modules() if type(m) is nn.BatchNorm2d]
-    if not plain or odd or extra or not norms:
+    other = [m for m in model.modules() if not list(m.children()) and not isinstance(m, (*STOCK, DropPath, DropBlock2d))]
+    if not plain or odd or extra or not norms or other:
         raise ValueError(f'{type(model).__name__} is not a stock timm ResNet that surgery knows (resnet18 to resnet152: one stem convolution, '
-                         'batch normalization, ReLU, no squeeze-excitation): make one with timm.create_model')
+                         'batch normalization, ReLU, no squeeze-excitation, no blurred pooling): make one with timm.create_model')
 
 # %% ../nbs/02_surgery.ipynb #2d91a3e9
 def convert(
@@ -225,6 +244,7 @@ def convert(
     if strides == 'v1': period_strides(model)
     with torch.random.fork_rng(devices=[]): swap(model, slots)  # making layers draws numbers; the start must not depend on how many
     if slots.join: join_branches(model, slots.join)
+    check_slots(model)
     if any(isinstance(m, NPJoin) for m in model.modules()): scale_outputs(model)
     for m in model.modules():
         if isinstance(m, GhostBatchNorm2d):
@@ -242,7 +262,8 @@ def parameter_roles(
     roles = {}
     for path, module in model.named_modules():
         layer = isinstance(module, (nn.Conv2d, nn.Linear))
-        rename = dict(weight='w', bias='b') if layer else dict(weight='gamma', bias='beta')
+        normalizes = 'norm' in type(module).__name__.lower()
+        rename = dict(weight='w', bias='b') if layer else dict(weight='gamma', bias='beta') if normalizes else {}
         for name, _ in module.named_parameters(recurse=False):
             if name == 'ready': continue  # made of `v` and `g`
             roles[f'{path}.{name}' if path else name] = rename.get(name, name)
@@ -253,7 +274,9 @@ def parameter_roles(
 def plain_layer(
     layer:nn.Conv2d|nn.Linear,  # layer of any scheme
 )->nn.Module:                   # `nn.Conv2d` or `nn.Linear` with a bias
-    "The plain layer that computes what `layer` does"
+    "The plain layer that computes what `layer` does; ValueError for a layer of another kind that does not tell its weight as `w`"
+    if not hasattr(layer, 'w') and type(layer) not in (nn.Conv2d, nn.Linear):
+        raise ValueError(f'{type(layer).__name__} may make its weight in a way of its own: give it a property `w`, the weight that it computes with')
     if isinstance(layer, nn.Linear): new = nn.Linear(layer.in_features, layer.out_features)
     else: new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
                           layer.groups, padding_mode=layer.padding_mode)
@@ -313,16 +336,14 @@ def norm_state(
     eps:float=1e-5,       # variance floor of the stock network
 )->dict:                  # state of a stock `nn.BatchNorm2d` that does the same in evaluation mode
     "Batch-normalization state for one slot; another eps is moved into the variance"
-    ones = torch.ones_like(conv.weight[:,0,0,0] if conv.bias is None else conv.bias)
+    plain = plain_layer(conv)
+    ones = torch.ones_like(plain.bias)
     if isinstance(norm, nn.BatchNorm2d):
         state = dict(norm.state_dict())
-        return state | dict(running_var=state['running_var']+norm.eps-eps)
-    return dict(weight=ones, bias=conv.bias.detach().clone(), running_mean=0*ones, running_var=ones-eps,
-                num_batches_tracked=torch.tensor(0))
+        return state | dict(running_mean=state['running_mean']-plain.bias, running_var=state['running_var']+norm.eps-eps)
+    return dict(weight=ones, bias=plain.bias.detach(), running_mean=0*ones, running_var=ones-eps, num_batches_tracked=torch.tensor(0))
 
 # %% ../nbs/02_surgery.ipynb #e1be8868
-STOCK = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout)
-
 @torch.no_grad()
 def to_timm(
     model:nn.Module,  # ResNet converted to `bn`, `wn`, `none`, or a scheme of your own that a stock ResNet can hold
@@ -335,7 +356,7 @@ def to_timm(
     modules, state = dict(model.named_modules()), {}
     for name, layer in modules.items():
         if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
-        state[f'{name}.weight'] = (layer.w if hasattr(layer, 'w') else layer.weight).detach().clone()
+        state[f'{name}.weight'] = plain_layer(layer).weight.detach()
         if isinstance(layer, nn.Linear): state[f'{name}.bias'] = layer.bias.detach().clone()
         else: state |= {f'{norm_name(name)}.{k}': v for k, v in norm_state(modules[norm_name(name)], layer).items()}
     return state

@@ -3,7 +3,7 @@ import copy, warnings
 import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
-from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, weight_normalize
+from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, weight_normalize
 from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, normalised
 from nwrepro.passes import Kernel, NPJoin, WNJoin
 from nwrepro.roofline import kept_bytes
@@ -125,6 +125,33 @@ def test_a_kernel_runs_uncompiled_where_compiling_fails(monkeypatch):
     doubled = Kernel(lambda x: 2*x)
     with pytest.warns(UserWarning, match='run uncompiled.*no compiler here'): assert doubled(torch.ones(2)).tolist() == [2, 2]
     assert not Kernel.wanted
+
+def test_no_length_outlives_its_gradient():
+    layer = WNConv2d(2, 3, 1)
+    optimizer = WNSGD(layer.parameters(), [layer], lr=0.1)
+    gradient = torch.ones_like(layer.ready)
+    def length():
+        optimizer.zero_grad()
+        layer.ready.grad = gradient  # the same place and version, as the memory of a freed tensor can be
+        return gradient_length(optimizer).item()
+    first = length()
+    gradient.data.mul_(2)
+    assert length() == pytest.approx(2*first) and first > 0
+
+@pytest.mark.parametrize('more', [dict(dampening=0.1), dict(nesterov=True), dict(maximize=True)], ids=str)
+def test_what_the_step_does_not_know_is_refused(more):
+    layer = WNConv2d(2, 3, 1)
+    with pytest.raises(ValueError, match=f'{next(iter(more))}: the step on v and g is that of plain SGD'): WNSGD(layer.parameters(), [layer], lr=0.1, momentum=0.9, **more)
+
+def test_a_lack_of_memory_is_no_matter_of_the_compiler(monkeypatch):
+    def fail(x):
+        x.add_(1)
+        raise torch.OutOfMemoryError('full')
+    monkeypatch.setattr(torch, 'compile', lambda f, **kwargs: f)
+    monkeypatch.setattr(Kernel, 'wanted', True)
+    x = torch.ones(2)
+    with pytest.raises(torch.OutOfMemoryError): Kernel(fail)(x)
+    assert x.tolist() == [2, 2] and Kernel.wanted
 
 def test_joins_take_over_the_memory_of_the_residual():
     for join in (NPJoin(), WNJoin(4)):

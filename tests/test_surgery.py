@@ -3,10 +3,10 @@ import copy
 import pytest, timm, torch
 from safetensors.torch import load, save
 from torch import nn
-from nwrepro.init import layer_parts
-from nwrepro.layers import WNConv2d, filter_lengths
+from nwrepro.init import blocks, layer_parts
+from nwrepro.layers import NPReLU, WNConv2d, filter_lengths, weight_normalize
 from nwrepro.passes import NPFloor, NPJoin, OnePassTReLU, WNJoin
-from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, fold, parameter_roles, to_timm
+from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, fold, keep, no_norm, parameter_roles, strict, to_timm, with_bias
 
 def network(arch, norm, dtype=torch.float32, **kwargs):
     "A converted network with every parameter and statistic moved off its start"
@@ -111,4 +111,66 @@ def test_an_own_scheme_needs_one_line():
     try: model = convert(timm.create_model('resnet18', num_classes=10), 'mine')
     finally: del SCHEMES['mine']
     assert sum(isinstance(m, nn.PReLU) for m in model.modules()) == 17
-    assert 'gamma' in parameter_roles(model).values()
+    roles = parameter_roles(model)
+    assert roles['act1.weight'] == 'weight' and roles['bn1.weight'] == 'gamma'
+
+# what is put together wrongly
+
+@pytest.fixture
+def mine(monkeypatch):
+    "Convert a ResNet-18 to a scheme of one's own"
+    def make(arch='resnet18', zero_init=False, init=None, **slots):
+        monkeypatch.setitem(SCHEMES, 'mine', Scheme(**slots))
+        torch.manual_seed(0)
+        return convert(timm.create_model(arch, num_classes=10, **({'drop_path_rate': 0.5} if arch == 'resnet26' else {})), 'mine', init, torch.randn(4, 3, 32, 32), zero_init=zero_init)
+    return make
+
+NP = dict(conv=weight_normalize, norm=no_norm, act=lambda channels: NPFloor(), join=lambda channels: NPJoin(), inits=('np',))
+
+@pytest.mark.parametrize('slots', [dict(join=None), dict(act=lambda channels: NPReLU()), dict(conv=with_bias, inits=('torch',)), dict(conv=strict, inits=('torch',)), dict(arch='resnet26')],
+                         ids=['plain sum', 'other activation', 'plain convolutions', 'no biases', 'dropped paths'])
+def test_slots_of_np_stay_together(slots, mine):
+    mine(**NP)
+    with pytest.raises(ValueError, match='NPFloor and NPJoin leave scale and shift to the convolutions'): mine(**(NP | slots))
+
+@pytest.mark.parametrize('conv', [weight_normalize, with_bias, keep])
+def test_a_join_with_weights_needs_filters_without_bias(conv, mine):
+    with pytest.raises(ValueError, match='a join that puts its weights on filters needs conv=strict'): mine(conv=conv, norm=no_norm, act=OnePassTReLU, join=WNJoin)
+
+@pytest.mark.parametrize('arch, more', [('resnetblur50', {}), ('resnet18', dict(act_layer='gelu')), ('resnetaa50', {})], ids=str)
+def test_a_resnet_with_other_parts_is_refused(arch, more):
+    with pytest.raises(ValueError, match='is not a stock timm ResNet that surgery knows'): convert(timm.create_model(arch, num_classes=10, **more), 'np')
+
+def test_a_layer_that_hides_its_weight_is_neither_folded_nor_given_back(mine):
+    class Doubled(nn.Conv2d):
+        def forward(self, x): return self._conv_forward(x, 2*self.weight, self.bias)
+    def doubled(conv): return Doubled(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, bias=False)
+    model = mine(conv=doubled, inits=('keep',))
+    for give in (fold, to_timm):
+        with pytest.raises(ValueError, match='Doubled may make its weight in a way of its own: give it a property `w`'): give(model)
+    Doubled.w = property(lambda self: 2*self.weight)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.allclose(fold(model)(x), model.eval()(x), atol=1e-4)
+
+@pytest.mark.parametrize('slots', [dict(conv=weight_normalize, inits=('data',)), dict(conv=strict), dict(norm=no_norm)], ids=['biases before bn', 'no biases before bn', 'no biases'])
+def test_a_scheme_of_ones_own_is_given_back_whole(slots, mine):
+    model = mine(**slots).train()
+    x = torch.randn(4, 3, 32, 32)
+    model(x), model.eval()
+    stock = timm.create_model('resnet18', num_classes=10).eval()
+    stock.load_state_dict(to_timm(model))
+    assert torch.allclose(stock(x), model(x), rtol=1e-3, atol=1e-3*model(x).abs().max().item())
+
+@pytest.mark.parametrize('norm, init', [('bn', None), ('none', 'torch'), ('none', 'data'), ('wn', 'data'), ('mine', None)], ids=str)
+def test_branches_start_at_zero_and_come_on_slowly(norm, init, mine, monkeypatch):
+    monkeypatch.setitem(SCHEMES, 'mine', Scheme(norm=lambda bn: nn.GroupNorm(8, bn.num_features)))
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
+    model = convert(timm.create_model('resnet18', num_classes=10), norm, init, x, zero_init=True)
+    ends, seen = [block.bn2 for block, _ in blocks(model)], []
+    for end in ends: end.register_forward_hook(lambda m, args, out: seen.append(out.abs().max().item()))
+    nn.functional.cross_entropy(model(x), y).backward()
+    assert seen == [0.]*8
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    seen.clear(), model(x)
+    assert 0 < max(seen) < 0.1
