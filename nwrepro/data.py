@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CIFAR_STATS', 'SOURCES', 'NAMES', 'TRAIN_IMAGES', 'LEAST', 'EACH', 'PIPELINES', 'project_root', 'data_folder',
            'shown', 'located', 'unknown', 'upright', 'Images', 'unreadable', 'mark', 'fingerprint', 'Source',
-           'read_digits', 'by_class', 'balanced', 'holdout', 'how_to_get', 'splits', 'find_splits', 'read_split',
-           'same_classes', 'read_folder', 'some', 'check_imagenet', 'offline', 'how_to_fetch', 'open_split',
-           'labels_of', 'classes_of', 'read_timm', 'imagenet_in', 'choose', 'load_source', 'Standardise', 'resize',
-           'planes', 'squash', 'at_least', 'random_crop', 'centre_crop', 'through', 'Pipeline', 'pipelines', 'key',
-           'set_random_state', 'kept_random_state', 'Views', 'order', 'deaf', 'loader']
+           'read_digits', 'by_class', 'balanced', 'holdout', 'how_to_get', 'splits', 'find_splits', 'some',
+           'read_split', 'folders_are_classes', 'same_classes', 'read_folder', 'check_imagenet', 'offline',
+           'how_to_fetch', 'open_split', 'labels_of', 'classes_of', 'read_timm', 'imagenet_in', 'choose', 'load_source',
+           'Standardise', 'resize', 'planes', 'squash', 'at_least', 'random_crop', 'centre_crop', 'through', 'Pipeline',
+           'pipelines', 'key', 'set_random_state', 'kept_random_state', 'Views', 'order', 'deaf', 'loader']
 
 # %% ../nbs/03_data.ipynb #3b88f2c4
 import difflib, hashlib, io, math, os, random, signal, zlib
@@ -236,7 +236,7 @@ def how_to_get(
     folder:Path, # data folder
 )->str:          # a command or a step, to stand within a sentence
     "What puts a source into the data folder"
-    if name == 'imagenette': return f"""run python -c "from torchvision.datasets import Imagenette; Imagenette('{shown(folder)}', size='160px', download=True)\""""
+    if name == 'imagenette': return f"""run, at the project's root, python -c "from torchvision.datasets import Imagenette; Imagenette('{shown(folder)}', size='160px', download=True)\""""
     layout = {'cifar10-jpeg': 'cifar10-jpeg/{train,test}/<class>/*.jpg', 'imagenet': 'imagenet/{train,val}/nXXXXXXXX/*.JPEG', 'folder': '{train,val}/<class>/*.jpg'}
     return f"lay its files out as {shown(folder/layout[name])} (a link will do)"
 
@@ -264,6 +264,13 @@ def find_splits(
         "or give the folder that holds train and val as data_dir or NWREPRO_DATA")
 
 # %% ../nbs/03_data.ipynb #17dc637e
+def some(
+    names, # in order
+)->str:
+    "The first few of many"
+    names = list(names)
+    return ', '.join(names[:3]) + (f' and {len(names)-3:,} more' if len(names) > 3 else '')
+
 def read_split(
     split:Path,               # holds one folder per class
 )->tuple[Images, list[str]]:  # images, names of the classes in the order of their labels
@@ -273,6 +280,15 @@ def read_split(
     stray = [path for path,_ in reader.samples if Path(path).parent == split] if '' in reader.class_to_idx else []
     if stray: raise ValueError(f"image {stray[0]} lies directly in {split.name}: move it into a folder named after its class")
     return Images(reader, [y for _,y in reader.samples], split.name, split.parent),list(reader.class_to_idx)
+
+def folders_are_classes(
+    split:Path,         # holds one folder per class
+    classes:list[str],  # that were found in it
+)->None:
+    "ValueError where images lie deeper, or where a folder has none that can be read"
+    odd = sorted({entry.name for entry in os.scandir(split) if entry.is_dir() and not entry.name.startswith('.')}-set(classes))
+    if odd: raise ValueError(f"{shown(split)} has folders that hold no .jpg, .jpeg or .png file themselves ({some(odd)}): "
+        "put the images of each class directly into its folder, as one of these, or take the folder away")
 
 # %% ../nbs/03_data.ipynb #9e7f1793
 def same_classes(
@@ -295,26 +311,20 @@ def read_folder(
     paths,(_,expected,facts) = find_splits(name, folder),SOURCES[name]
     (train,classes),(val,val_classes) = (read_split(path) for path in paths)
     source = Source(name, same_classes(classes, val_classes, shown(paths[0].parent)), train, val, **facts)
+    for path in paths: folders_are_classes(path, classes)
     source.note += f" in {located(paths[0].parent)}" + (f" ({name} has {expected})" if expected not in (None, len(classes)) else '')
     return source
 
 # %% ../nbs/03_data.ipynb #1394be70
 TRAIN_IMAGES, LEAST, EACH = 1_281_167, 732, 50  # ILSVRC2012: training images, of a class at least, test images of a class
 
-def some(
-    names, # in order
-)->str:
-    "The first few of many"
-    names = list(names)
-    return ', '.join(names[:3]) + (f' and {len(names)-3:,} more' if len(names) > 3 else '')
-
 def check_imagenet(
-    data_dir:str|Path|None=None, # folder that holds `imagenet`; `None`: the variable `NWREPRO_DATA`, and without it `data`
+    data_dir:str|Path|None=None, # folder that holds `imagenet`, or `train` and `val`; `None`: the variable `NWREPRO_DATA`, and without it `data`
 )->list[str]:                    # a sentence per defect; empty: nothing is missing
     "Is ILSVRC2012 complete, in the layout that `data=imagenet` takes?"
-    folder, known, defects = data_folder(data_dir)/'imagenet', ImageNetInfo('imagenet-1k').label_names(), []
-    for split in ('train', 'val'):
-        home = folder/split
+    folder, known, defects = data_folder(data_dir), ImageNetInfo('imagenet-1k').label_names(), []
+    homes = next((splits(home) for home in (folder/'imagenet', folder) if len(splits(home)) == 2), [folder/'imagenet'/split for split in ('train', 'val')])
+    for split, home in zip(('train', 'val'), homes, strict=True):
         if not home.is_dir():
             defects.append(f'{shown(home)} is missing: make it a folder, or a link to one, that holds a folder per class')
             continue
@@ -363,7 +373,7 @@ def open_split(
             return getattr(opened, 'reader', opened)
         except Exception as error: reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())}"[:200])
     raise ValueError(f"data {dataset!r} cannot be opened ({reasons[0]}): "
-        f"nothing is downloaded here, so check the name and fetch it first, such as by {how_to_fetch(dataset, folder, split)}")
+        f"nothing is downloaded here, so check the name and fetch it first, at the project's root, such as by {how_to_fetch(dataset, folder, split)}")
 
 # %% ../nbs/03_data.ipynb #00046481
 def labels_of(

@@ -47,7 +47,10 @@ def score(
     workers:int=0,      # processes that load images
     show=lambda line: None, # called with a line of text now and then
 )->dict:                # `top1` and `top5` in percent, `low` and `high` of top1's 95 % interval, `loss` in nats, `images`
-    "Accuracy on the test images"
+    "Accuracy on the test images; ValueError for a network that takes images of another size alone"
+    known = getattr(model, 'pretrained_cfg', None) or {}
+    if known.get('fixed_input_size') and size != known['input_size'][-1]:
+        raise ValueError(f"{known['architecture']} takes images of {known['input_size'][-1]} px alone: give that as image_size")
     views = Views(source.val, range(len(source.val)), pipelines(source, size, pipeline), train=False)
     device = next(model.parameters()).device
     total, n = numpy.zeros(3), 0

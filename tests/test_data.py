@@ -185,6 +185,20 @@ def test_classes_that_differ(photos):
     assert '3 training and 2 test' in fault(load_source, 'folder', photos)
     assert 'differ (in order)' in fault(same_classes, ['a', 'b'], ['b', 'a'], 'x')
 
+def test_folders_that_are_no_classes(photos):
+    for split in ('train', 'val'):
+        (photos/split/'eel').mkdir()
+        (photos/split/'eel'/'1.webp').touch()
+        (photos/split/'.cache').mkdir()
+    assert 'has folders that hold no .jpg, .jpeg or .png file themselves (eel): put the images' in fault(load_source, 'folder', photos)
+
+def test_folders_within_classes(photos):
+    for split in ('train', 'val'):
+        for name in SYNSETS[:3]:
+            shutil.copytree(photos/split/name, photos/split/'animals'/name)
+            shutil.rmtree(photos/split/name)
+    assert f'{photos}/train has folders that hold no' in (message := fault(load_source, 'folder', photos)) and '(animals)' in message
+
 def test_images_directly_in_a_split(photos):
     shutil.copy(next((photos/'val'/SYNSETS[0]).iterdir()), photos/'val'/'ILSVRC2012_val_00000001.JPEG')
     assert 'ILSVRC2012_val_00000001.JPEG lies directly in val' in fault(load_source, 'folder', photos)

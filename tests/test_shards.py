@@ -1,7 +1,8 @@
 "Shards of real images: the same run as from their folder, read by others too, whole or named, memory that stays"
-import hashlib, json, os, shutil, subprocess, sys
+import hashlib, io, json, os, shutil, subprocess, sys, tarfile
 from pathlib import Path
 import pytest, timm.data, torch
+from PIL import Image
 
 from conftest import ROOT
 from nwrepro.data import Views, load_source, loader, pipelines
@@ -77,6 +78,46 @@ def test_a_shard_that_is_cut_or_missing_is_one_sentence(few, tmp_path, monkeypat
     assert main([*command[:1], 'wds/few', *command[2:]]) == 2
     assert 'holds neither train-*.tar nor val-*.tar' in capsys.readouterr().out.splitlines()[-1]
     assert not Path('reports').exists()
+
+def fault(folder):
+    with pytest.raises(ValueError) as error: load_source(f'wds/{folder.name}', folder.parent)
+    return str(error.value)
+
+def test_a_table_that_is_cut_is_one_sentence(few, tmp_path):
+    copied = Path(shutil.copytree(few[1]/'few-wds', tmp_path/'few-wds'))
+    lines = (copied/'train.csv').read_text().splitlines(keepends=True)
+    (copied/'train.csv').write_text(''.join(lines[:-3]))
+    assert f'has {len(lines)-4:,} images of train where {len(lines)-1:,} were written: copy it again' in fault(copied)
+    (copied/'train.csv').unlink()
+    sorted(copied.glob('train-*.tar'))[-1].unlink()
+    assert 'images of train where' in fault(copied)
+
+def bare(folder, **labels):
+    "Shards of another maker: a split's labels, each with the same image"
+    folder.mkdir()
+    picture = io.BytesIO()
+    Image.new('RGB', (8, 8)).save(picture, 'PNG')
+    for split, found in labels.items():
+        with tarfile.open(folder/f'{split}-000000.tar', 'w') as tar:
+            for k, label in enumerate(found):
+                for suffix, content in (('png', picture.getvalue()), ('cls', label)):
+                    member = tarfile.TarInfo(f'{k}.{suffix}')
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return folder
+
+def test_labels_of_other_makers(tmp_path):
+    assert len(load_source('wds/good', bare(tmp_path/'good', train=[b'0', b'1'], val=[b'1\n', b'0']).parent).train) == 2
+    assert 'label 1.cls in ' in (message := fault(bare(tmp_path/'named', train=[b'0', b'cat'], val=[b'0']))) and "is 'cat': expected the number of a class" in message
+    assert "label 0.cls in " in fault(bare(tmp_path/'empty', train=[b'', b'1'], val=[b'0']))
+    assert 'has an image of class 5, where there are 2 classes from 0 on' in fault(bare(tmp_path/'beyond', train=[b'0', b'1'], val=[b'5']))
+
+def test_more_shards_than_may_be_open(few, monkeypatch):
+    monkeypatch.setattr('nwrepro.shards.OPEN', 1)
+    images = load_source('wds/few-wds', few[1]).train
+    assert len(images.items.paths) > 1
+    views = [images.load(i).tobytes() for i in (0, len(images)-1, 0)]
+    assert views[0] == views[2] != views[1] and len(images.items.files) == 1
 
 def test_a_damaged_image_names_its_shard(few, tmp_path):
     shutil.copytree(few[1]/'few-wds', tmp_path/'few-wds')
