@@ -194,7 +194,7 @@ def bandwidth(
     dtype:torch.dtype,  # of the maps
     device:str,         # cpu or cuda
     sizes=SIZES,        # of one tensor, MB
-    pool:float=256,     # MB of all tensors together, several times the last-level cache
+    pool:float=256,     # MB of all tensors together, more than most last-level caches
 )->dict[float,float]:   # MB -> bytes/s
     "How fast element-wise passes go, by the size of the tensor"
     found = {}
@@ -232,7 +232,8 @@ def map_rates(
     "How fast kernels on maps go on a CPU: forward on a map that was just written, backward on one that was written long ago"
     elements = 2**18
     x = torch.randn(elements//channels, channels, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
-    one, zero, old = torch.ones(channels), torch.zeros(channels), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
+    width = torch.promote_types(dtype, torch.float32)  # of a layer's own numbers
+    one, zero, old = torch.ones(channels, dtype=width), torch.zeros(channels, dtype=width), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
     dx, alpha = torch.empty_like(x), torch.zeros(channels, 1, 1, dtype=dtype)
     def norm(): torch.ops.aten.native_batch_norm(x, one, zero, zero.clone(), one.clone(), True, 0.1, 1e-5)
     def norm_back(): torch.ops.aten.native_batch_norm_backward(x, next(old), one, zero, one, zero, one, True, 1e-5, [True]*3)

@@ -5,7 +5,7 @@ import numpy, pandas, pytest, timm, torch
 from torch import nn
 
 from conftest import run_in
-from nwrepro.roofline import Ceiling, Machine, Part, conv_work, flops, gpu, kept_bytes, on_gpus, part_work, predict, step_work, survey, work_seconds
+from nwrepro.roofline import Ceiling, Machine, Part, conv_work, filter_step, flops, gpu, kept_bytes, map_rates, on_gpus, part_work, predict, step_work, survey, work_seconds
 from nwrepro.stats import CLAIMS, cost_records
 from nwrepro.surgery import SCHEMES, convert, period_strides
 
@@ -35,6 +35,10 @@ def test_every_scheme_has_the_sizes_of_the_stock_network(arch):
         mode = [m.training for m in converted.modules()]
         pandas.testing.assert_frame_equal(survey(converted, 32), survey(plain, 32))
         assert [m.training for m in converted.modules()] == mode and not any(m._forward_hooks for m in converted.modules())
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_kernels_are_timed_in_every_precision(dtype):
+    assert all(rate > 0 for pair in map_rates(dtype, 64).values() for rate in pair) and filter_step(dtype, 8, 1) > 0
 
 def test_survey_takes_its_hooks_off_when_the_pass_fails(stock):
     with pytest.raises(Exception): survey(stock, 0)
