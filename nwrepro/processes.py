@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import nn
-from .runs import Record
+from .runs import Record, machine
 
 # %% ../nbs/05_processes.ipynb #7d87b811
 WAIT = timedelta(minutes=float(os.environ.get('NWREPRO_WAIT', 10)))
@@ -73,7 +73,7 @@ def torchrun(
     words:list,     # a script and its arguments, or `-m`, a module and its arguments
 )->subprocess.Popen:  # torchrun; the lines of the run on its stdout, its own in the file `log`
     "Start Python in several processes; they get a session of their own, so that the stop button reaches them once"
-    env = os.environ | {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS') or str(max(1, (os.cpu_count() or 1)//processes)), 'PYTHONUNBUFFERED': '1'}
+    env = os.environ | {'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS') or str(max(1, machine()['cores']//processes)), 'PYTHONUNBUFFERED': '1'}
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(processes), *words]
     log = tempfile.TemporaryFile('w+')
     started = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True)

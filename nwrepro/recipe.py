@@ -36,7 +36,7 @@ RULES = dict(
     decay_on=Rule(str, 'roles that decay: all, or names joined by +, as v+w; none = recipe'),
     dropout=Rule(float, 'probability of dropping a feature before the classifier, at least 0 and below 1', lambda v: 0 <= v < 1),
     grad_clip=Rule(float, 'largest length of the gradient, a number above 0; none = no clipping', lambda v: v > 0),
-    warmup_epochs=Rule(float, 'epochs of linear warm-up, a number of at least 0; none = table of the data', lambda v: 0 <= v < math.inf),
+    warmup_epochs=Rule(float, 'epochs of linear warm-up, a number of at least 0; none = recipe', lambda v: 0 <= v < math.inf),
     image_size=Rule(int, 'side of the images in pixels, a whole number of at least 16; none = table of the data', lambda v: v >= 16),
     precision=Rule(str, 'fp32, bf16 (autocast) or fp64; none = recipe', lambda v: v in ('fp32', 'bf16', 'fp64')),
     compile=Rule(str, 'what a compiler makes faster: kernels (activations and optimizer of WN schemes), network (all of it) or off; none = table of the data, else kernels', lambda v: v in ('off', 'kernels', 'network')),

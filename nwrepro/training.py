@@ -6,18 +6,20 @@
 __all__ = ['Split', 'PACE', 'EXITS', 'make_views', 'first_images', 'make_model', 'make_optimizer', 'make_schedule', 'pace_of',
            'start', 'logits_of', 'seed_step', 'gradient', 'train_step', 'share', 'tally', 'evaluate', 'probe',
            'checkpoint', 'resume', 'due', 'at_most_every', 'log_train', 'log_eval', 'recorded', 'steps_of_epoch',
-           'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop', 'fit', 'about', 'changed', 'begin_run',
-           'fit_on_many', 'own_run', 'prepare', 'train', 'parser', 'main']
+           'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop', 'fit', 'about', 'changed', 'same_images',
+           'begin_run', 'what_broke', 'passed_on', 'fit_on_many', 'own_run', 'prepare', 'train', 'parser', 'main']
 
 # %% ../nbs/06_training.ipynb #c3b2d7f3
 import argparse
 import os
 import math
+import re
 import shlex
 import signal
+import threading
 import time
-from collections import namedtuple
-from contextlib import nullcontext
+from collections import Counter, namedtuple
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,7 +40,7 @@ from .processes import Onlooker, alike, by_all, divide, first_line, from_first, 
 from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, rounded, weight_lengths
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
 from .runs import Run, provenance, read_metrics, run_name, write_atomic
-from .surgery import convert, parameter_roles
+from .surgery import check_resnet, convert, parameter_roles
 from .survival import Interrupted, Requests, changes, drop_states, hold, interrupts, load_state, plainly, release, save_state, stop_if
 
 # %% ../nbs/06_training.ipynb #62834edc
@@ -53,7 +55,9 @@ def make_views(
     indices = list(range(len(labels))) if recipe.train_images is None else balanced(labels, recipe.train_images)
     kept, held = holdout([labels[i] for i in indices], recipe.holdout) if recipe.holdout else (range(len(indices)), [])
     train, held = [indices[k] for k in kept], [indices[k] for k in held]
-    few = min(source.eval_images, len(train))//len(source.classes)*len(source.classes) or len(train)
+    if len(train) < recipe.batch_size: raise ValueError(f'batch_size = {recipe.batch_size} is more than the {len(train)} images that are left to train on: give a batch_size of at most {len(train)}, or less holdout')
+    least = min(Counter(labels[i] for i in train).values())
+    few = min(source.eval_images//len(source.classes), len(train)//len(source.classes), least)*len(source.classes) or len(train)
     shown = [train[k] for k in balanced([labels[i] for i in train], few)] if few < len(train) else train
     pipeline = pipelines(source, recipe.image_size, recipe.pipeline)
     views = lambda images, which, augment: Views(images, which, pipeline, train=augment, seed=recipe.seed)
@@ -270,7 +274,7 @@ def resume(
         for part in ('model', 'optimizer', 'rule'): getattr(state, part).load_state_dict(saved[part])
         state.step, state.seconds, state.sums = saved['step'], saved['seconds'], saved['sums']
     state.clock = time.perf_counter()-state.seconds['wall']
-    if not known and not saved: return
+    if not known and not saved and not state.run.changed: return
     state.run.cut(state.step if saved else -1, redo=('eval', 'probe'))
     state.run.log('resume', state.step, state.step/state.views.batches, torn=torn, changed=state.run.changed, threads=torch.get_num_threads(),
                   processes=state.team.num_processes, date=datetime.now(timezone.utc).isoformat(timespec='seconds'))
@@ -498,6 +502,16 @@ def changed(
     return found
 
 # %% ../nbs/06_training.ipynb #9e296d12
+def same_images(
+    run:Run,        # that has ended
+    source:Source,  # images of the command that asks for it
+)->None:
+    "ValueError where a run was trained on other images, since its result would be shown for these"
+    known = run.config.get('source') or {}
+    if known.get('fingerprint', source.fingerprint) != source.fingerprint:
+        raise ValueError(f"run {run.name} has ended, on other images ({known.get('train')} to train on and {known.get('val')} to test on in {known.get('classes')} classes): "
+                         'give fresh = True to train on these, which moves its record aside')
+
 def begin_run(
     recipe:Recipe,   # resolved
     source:Source,   # its data
@@ -509,7 +523,9 @@ def begin_run(
     divide(recipe, int(os.environ.get('WORLD_SIZE', values['processes'])), values['micro_batch'])
     run, fresh = Run(run_name(asdict(recipe)), folder, Path(folder)/'checkpoints' if folder else None), values['fresh']
     def over(): return run.status in ('finished', 'diverged') and not fresh
-    if over(): return run
+    if over():
+        if not values['accept_changes']: same_images(run, source)
+        return run
     with plainly(run):
         hold(run)
         try:
@@ -522,6 +538,25 @@ def begin_run(
     return run
 
 # %% ../nbs/06_training.ipynb #03f965fb
+def what_broke(
+    log:str,    # what torchrun and its processes wrote to stderr
+)->str|None:    # the last line of a traceback; None = there is none
+    "The error of the first process that had one"
+    errors = re.findall(r'^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)$', log, re.M)
+    return next((error for error in errors if 'ChildFailedError' not in error and 'SignalException' not in error), None)
+
+@contextmanager
+def passed_on(
+    numbers,    # signals
+    started,    # process that is to stop on them
+):
+    "While open, these signals stop another process as the stop button would"
+    main = threading.current_thread() is threading.main_thread()  # nowhere else can signals be caught
+    before = {number: signal.signal(number, lambda *_: started.send_signal(signal.SIGINT)) for number in numbers if main}
+    try: yield
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+
 def fit_on_many(
     run:Run,                 # begun; not held by this process any more when it returns
     given:dict,              # parameters as they were given; `processes` of them start
@@ -532,7 +567,7 @@ def fit_on_many(
     if run.status in ('finished', 'diverged'): return run.summary
     release(run)
     words, line = [word for k, v in given.items() if v is not None and k not in ('processes', 'fresh') for word in (f'--{k}', str(v))], ''
-    with torchrun(given['processes'], ['-m', 'nwrepro.training', *words]) as started:
+    with torchrun(given['processes'], ['-m', 'nwrepro.training', *words]) as started, passed_on((signal.SIGTERM, signal.SIGUSR1), started):
         while True:
             try:
                 for line in map(str.rstrip, started.stdout):
@@ -543,7 +578,8 @@ def fit_on_many(
     if run.status in ('finished', 'diverged'): return run.summary
     if run.status == 'interrupted': raise Interrupted(line)
     started.log.seek(0)
-    raise ChildProcessError(line or started.log.read().strip()[-2000:])
+    log = started.log.read().strip()
+    raise ChildProcessError(what_broke(log) or line or log[-2000:])
 
 # %% ../nbs/06_training.ipynb #2cc1397f
 def own_run(
@@ -572,6 +608,7 @@ def prepare(
     values = check_parameters(given)
     source = load_source(values['data'], values['data_dir'])
     recipe = make_recipe(given, source)
+    with torch.device('meta'): check_resnet(timm.create_model(recipe.arch))
     return recipe, source, make_views(recipe, source), values
 
 # %% ../nbs/06_training.ipynb #2d4c733c

@@ -211,6 +211,28 @@ def test_other_images_are_not_trained_into_the_same_run(elsewhere, capsys):
     resume, = [line for line in read_metrics(run/'metrics.jsonl') if line['event'] == 'resume']
     assert list(resume['changed']) == ['images']
 
+def test_a_result_on_other_images_is_not_shown_for_these(elsewhere, capsys):
+    given = SMALL | dict(data='folder', train_images='none', batch_size=4, bn_batch=4, norm='wn')
+    for name in ('images', 'others'): photographs(elsewhere/name)
+    Image.new('RGB', (9, 9)).save(elsewhere/'others/train/a/9.jpg')
+    assert main(words(given | dict(data_dir=elsewhere/'images'))) == 0
+    assert main(words(given | dict(data_dir=elsewhere/'others'))) == 2
+    assert re.search(r'^run wn-folder-\S+ has ended, on other images \(.* in 2 classes\): give fresh = True', capsys.readouterr().out.strip().splitlines()[-1])
+    assert main(words(given | dict(data_dir=elsewhere/'images'))) == 0 and main(words(given | dict(data_dir=elsewhere/'others', accept_changes=True))) == 0
+    assert main(words(given | dict(data_dir=elsewhere/'others', fresh=True))) == 0
+
+@pytest.mark.parametrize('more, sentence', [(dict(train_images=40, holdout=0.1, batch_size=36), 'batch_size = 36 is more than the 30 images that are left to train on'),
+                                            (dict(arch='resnet50d'), 'is not a stock timm ResNet'), (dict(arch='resnet50_gn'), 'is not a stock timm ResNet')], ids=str)
+def test_what_does_not_fit_leaves_no_run(more, sentence, elsewhere, capsys):
+    assert main(words(SMALL | dict(norm='wn') | more)) == 2
+    assert sentence in capsys.readouterr().out.strip().splitlines()[-1] and not (elsewhere/'reports').exists()
+
+def test_uneven_classes_may_be_held_out(elsewhere):
+    photographs(elsewhere/'images')
+    for k in range(30): Image.new('RGB', (9, 9)).save(elsewhere/f'images/train/b/{k+10}.jpg')
+    given = SMALL | dict(data='folder', data_dir=elsewhere/'images', train_images='none', holdout=0.3, batch_size=4, bn_batch=4, norm='wn')
+    assert main(words(given)) == 0
+
 # the parser, against anything
 
 anything = st.one_of(st.text(), st.integers(), st.floats(), st.booleans(), st.none(), st.lists(st.integers(), max_size=2), st.binary(max_size=3), st.dictionaries(st.text(), st.integers(), max_size=1),

@@ -11,7 +11,7 @@ from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
 from nwrepro.survival import HELD
 from nwrepro.sweeps import evaluations
-from nwrepro.training import begin_run, evaluate, fit, make_model, make_views, recorded, start, train_step
+from nwrepro.training import begin_run, evaluate, fit, make_model, make_views, passed_on, recorded, start, train_step, what_broke
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -178,3 +178,26 @@ def test_command_line_is_the_same_run(tmp_path):
     run, = (tmp_path/'reports/runs').iterdir()
     assert json.loads((run/'summary.json').read_text())['norm'] == 'trelu'
     assert {p.name for p in run.iterdir()} == {'config.json', 'metrics.jsonl', 'summary.json', 'predictions.csv'}
+
+# several processes, seen from the one that started them
+
+def test_what_broke_is_the_first_error_of_a_process():
+    log = """W1128 torch/distributed/run.py: Setting OMP_NUM_THREADS
+[rank1]: Traceback (most recent call last):
+[rank1]:   File "x.py", line 1, in <module>
+[rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
+torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
+nwrepro.training FAILED"""
+    assert what_broke(log) == 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB'
+    assert what_broke('torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nmain FAILED') is None
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_parent_stops_its_processes(number):
+    sleeper = 'import time\ntry: print("up", flush=True), time.sleep(60)\nexcept KeyboardInterrupt: print("asked to stop", flush=True)'
+    with subprocess.Popen([sys.executable, '-c', sleeper], stdout=subprocess.PIPE, text=True, start_new_session=True) as started:
+        assert started.stdout.readline() == 'up\n'
+        before = signal.getsignal(number)
+        with passed_on((signal.SIGTERM, signal.SIGUSR1), started):
+            signal.raise_signal(number)
+            assert started.stdout.readline() == 'asked to stop\n'
+    assert signal.getsignal(number) == before
