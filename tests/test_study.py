@@ -1,0 +1,48 @@
+"The first study: what its page says by hand is what its records hold"
+import pandas, pytest
+from conftest import ROOT
+from nwrepro.runs import load_runs
+from nwrepro.stats import judge, welch
+
+FOLDER = ROOT/'reports/study'
+
+@pytest.fixture(scope='module')
+def runs(): return load_runs(FOLDER)
+
+@pytest.fixture(scope='module')
+def numbers(runs): return {v.key: v.numbers for v in judge(runs, FOLDER)}
+
+@pytest.fixture(scope='module')
+def page(): return (ROOT/'reports/README.md').read_text()
+
+BN, ZERO = dict(norm='bn', zero_init=False, lr=0.025), dict(norm='bn', zero_init=True, lr=0.05)
+WN, WN_TORCH = (dict(norm='wn', init=init, zero_init=False) for init in ('norm_preserving', 'torch'))
+NONE, NONE_TORCH = (dict(norm='none', init=init, zero_init=False) for init in ('norm_preserving', 'torch'))
+NP, EVEN = dict(norm='np'), dict(norm='trelu', init='even')
+
+def of(runs, what, start):
+    whole = runs[runs['max_steps'].isna() & (runs['holdout'] == 0) & (runs['status'] == 'finished')]
+    return whole[(whole[list(start)] == pandas.Series(start)).all(axis=1)].sort_values('seed')[what]
+
+@pytest.mark.parametrize('one, other, what', [(WN, BN, 'top1'), (ZERO, WN, 'top1'), (ZERO, BN, 'top1'), (NP, WN, 'top1'), (NP, BN, 'top1'), (WN_TORCH, WN, 'top1'), (WN_TORCH, WN, 'train_top1'),
+                                              (WN_TORCH, BN, 'top1'), (ZERO, WN_TORCH, 'top1'), (NONE, WN, 'top1'), (NONE, WN, 'train_top1'), (NONE_TORCH, NONE, 'top1'),
+                                              (NONE_TORCH, WN_TORCH, 'top1'), (EVEN, WN, 'top1')], ids=str)
+def test_gaps_are_those_of_the_records(one, other, what, runs, page):
+    gap = welch(of(runs, what, one), of(runs, what, other))
+    assert gap.n == 3 and f'{gap.low:.1f} to {gap.high:.1f}' in page
+
+@pytest.mark.parametrize('start', [WN_TORCH, NONE_TORCH, EVEN], ids=str)
+def test_accuracies_are_those_of_the_records(start, runs, page):
+    first, *more, last = (f'{value:.1f}' for value in of(runs, 'top1', start))
+    assert f"{', '.join([first, *more])} and {last} %" in page
+
+@pytest.mark.parametrize('what', ['', ', warmup_epochs 0', ', init torch', ', init data'])
+def test_factors_between_largest_rates_are_those_of_the_records(what, numbers, page):
+    table = numbers['C6'].query('what == @wanted', local_dict=dict(wanted=f'factor between the limits{what}'))
+    def forms(x): return {f'{x:{form}}' for form in ('.0f', '.1f', '.2f', '.2g')}
+    for row in table.itertuples(): assert any(f'{low} to {high} times' in page for low in forms(row.low) for high in forms(row.high)), row
+
+def test_hours_are_those_of_the_records(runs, page):
+    part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search' for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]
+    hours = {name: f'{seconds/3600:.0f}' for name, seconds in runs.groupby(part)['wall_s'].sum().items()}
+    assert 'the search took {search} hours, the accuracy part {accuracy}, the stability part {stability} '.format(**hours) in page
