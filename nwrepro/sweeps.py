@@ -467,7 +467,6 @@ def check_probe(
     if point.steps <= warm: raise ValueError(f'point {point.label}: a probe of {point.steps} steps ends within its warm-up of {warm}, before the rate is reached: '
                                              f'give max_steps = {warm+PROBE_STEPS}, or warmup_epochs = 0')
 
-
 # %% ../nbs/06_sweeps.ipynb #b79697f5
 def bisection(
     given:dict,     # parameter -> value, or list; `lr` the two bounds, `max_steps` the length of a probe
