@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HELD', 'lock_files', 'hold', 'release', 'saved_states', 'save_state', 'load_state', 'drop_states', 'Interrupted',
-           'stop_if', 'Requests', 'interrupts', 'begun_with', 'changes', 'in_words', 'plainly']
+           'stop_if', 'Requests', 'caught', 'interrupts', 'begun_with', 'changes', 'in_words', 'plainly']
 
 # %% ../nbs/05_survival.ipynb #0b9fe3bb
 import errno, hashlib, io, os, signal, socket, threading
@@ -63,14 +63,13 @@ def save_state(
     run:Record,    # a run
     step:int,      # optimizer steps done
     state:dict,    # tensors, numbers, strings, and lists and dicts of them
-    keep:int=2,    # states that stay
 )->Path:           # the file
     "Write a state, and delete those before the last two"
     torch.save(state, buffer := io.BytesIO())
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()[:16]
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     write_atomic(path := run.checkpoints/f'step-{step:09d}-{digest}.pt', buffer.getbuffer())
-    for old in saved_states(run)[:-keep]: old.unlink()
+    for old in saved_states(run)[:-2]: old.unlink()
     return path
 
 # %% ../nbs/05_survival.ipynb #1dd522c6
@@ -115,15 +114,23 @@ class Requests:
 
 # %% ../nbs/05_survival.ipynb #34b428fc
 @contextmanager
-def interrupts():  # yields the `Requests`
-    "SIGINT, SIGTERM and SIGUSR1 wait for `stop_here()`; in the main thread, which alone may handle signals"
-    asked = Requests()
+def caught(
+    names,    # of signals; those that this system has not are left out
+    handler,  # called with a signal's number and the frame it came in
+):
+    "Signals go to a handler while this is open; in the main thread, which alone may handle them"
     here = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1') if here and hasattr(signal, name)]
-    before = {number: signal.signal(number, asked) for number in numbers}
-    try: yield asked
+    numbers = [getattr(signal, name) for name in names if here and hasattr(signal, name)]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try: yield
     finally:
-        for number, handler in before.items(): signal.signal(number, handler or signal.SIG_DFL)
+        for number, old in before.items(): signal.signal(number, old or signal.SIG_DFL)
+
+@contextmanager
+def interrupts():  # yields the `Requests`
+    "SIGINT, SIGTERM and SIGUSR1 wait for `stop_here()`"
+    asked = Requests()
+    with caught(('SIGINT', 'SIGTERM', 'SIGUSR1'), asked): yield asked
 
 # %% ../nbs/05_survival.ipynb #5b05cc0b
 def begun_with(

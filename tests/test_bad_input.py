@@ -210,6 +210,7 @@ def test_other_images_are_not_trained_into_the_same_run(elsewhere, capsys):
     assert main(words(given | dict(accept_changes=True))) == 0
     resume, = [line for line in read_metrics(run/'metrics.jsonl') if line['event'] == 'resume']
     assert list(resume['changed']) == ['images']
+    assert main(words(given)) == 0  # what was accepted is what its result belongs to
 
 def test_a_result_on_other_images_is_not_shown_for_these(elsewhere, capsys):
     given = SMALL | dict(data='folder', train_images='none', batch_size=4, bn_batch=4, norm='wn')

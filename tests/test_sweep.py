@@ -96,6 +96,14 @@ def test_what_has_ended_is_over(elsewhere):
     again, = preview(SMALL | dict(norm='wn', fresh=True), 'points')
     assert again.record.name == done.record.name and not over(again)
 
+def test_a_point_that_ended_on_other_images_is_not_taken_for_over(elsewhere):
+    done, = preview(SMALL | dict(norm='wn'), 'points')
+    pretend(done)
+    config = json.loads((done.record.path/'config.json').read_text())
+    (done.record.path/'config.json').write_text(json.dumps(config | dict(source=dict(fingerprint='another', train=7, val=3, classes=2))))
+    with pytest.raises(ValueError, match=r'^point norm=wn: run \S+ has ended, on other images \(7 to train on and 3 to test on in 2 classes\)'): preview(SMALL | dict(norm='wn'), 'points')
+    for way in ('fresh', 'accept_changes'): assert preview(SMALL | dict(norm='wn') | {way: True}, 'points')
+
 def test_time_is_estimated_from_finished_runs_alone(elsewhere):
     points = preview(SMALL | dict(norm='wn', seed=[0, 1, 2, 3, 4]), 'points')
     left = lambda: [seconds_left(p, paces(load_runs())) for p in points]
