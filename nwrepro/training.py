@@ -7,8 +7,8 @@ __all__ = ['Split', 'PACE', 'EXITS', 'make_views', 'first_images', 'make_model',
            'make_schedule', 'pace_of', 'start', 'logits_of', 'seed_step', 'gradient', 'train_step', 'share', 'tally',
            'evaluate', 'probe', 'checkpoint', 'resume', 'due', 'at_most_every', 'log_train', 'log_eval', 'recorded',
            'steps_of_epoch', 'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop', 'fit', 'about',
-           'changed', 'same_images', 'begin_run', 'what_broke', 'fit_on_many', 'own_run', 'prepare', 'train', 'parser',
-           'main']
+           'changed', 'same_images', 'begin_run', 'trained', 'what_broke', 'fit_on_many', 'own_run', 'prepare', 'train',
+           'parser', 'main']
 
 # %% ../nbs/06_training.ipynb #c3b2d7f3
 import argparse
@@ -20,7 +20,7 @@ import signal
 import time
 from collections import Counter, namedtuple
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.utils import accuracy
 from torch import nn
@@ -39,7 +39,7 @@ from .passes import Kernel
 from .processes import Onlooker, alike, by_all, divide, first_line, from_first, lost, make_accelerator, meet, merge_statistics, running, together, torchrun, tracked, wrapped
 from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, rounded, weight_lengths
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
-from .runs import Run, provenance, read_metrics, run_name, write_atomic
+from .runs import Record, Run, provenance, read_metrics, run_name, write_atomic
 from .surgery import check_resnet, convert, parameter_roles
 from .survival import Interrupted, Requests, begun_with, caught, changes, drop_states, hold, interrupts, load_state, plainly, release, save_state, stop_if
 
@@ -543,6 +543,19 @@ def begin_run(
             release(run)
             raise
     return run
+
+# %% ../nbs/06_training.ipynb #7ra1n3d2
+def trained(
+    run:Record,   # finished, with its weights on this machine
+)->nn.Module:     # on the CPU, in eval mode
+    "The network of a run; ValueError where its weights are not here"
+    weights, config = run.checkpoints/'final.safetensors', run.config
+    if not weights.exists():
+        raise ValueError(f'run {run.name} has no weights here: they are expected at {shown(weights)}; copy them from the machine that trained it, or train it again')
+    recipe = Recipe(**{field.name: config[field.name] for field in fields(Recipe)})
+    model = make_model(replace(recipe, init='keep'), config['source']['classes'])  # no start is made, since the weights come
+    model.load_state_dict(load_file(weights))
+    return model.eval()
 
 # %% ../nbs/06_training.ipynb #03f965fb
 def what_broke(

@@ -144,11 +144,12 @@ def test_cut_on_two_processes_goes_on_with_one_and_with_four(project):
         assert lines[0] == lines[1]
 
 def test_a_flag_starts_processes_and_the_stop_button_reaches_them_once(project):
-    process = start(project, None, '-m', 'nwrepro.training', *flags(LONGER | dict(processes=2)))
-    until(process, 'step 1 ')
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 75 and 'SIGINT stopped the run after step' in out.splitlines()[-1] and '--processes 2' in out, out+err
+    for number, said in ((signal.SIGINT, 'step 1 '), (signal.SIGTERM, 'resumed after step')):  # a queue sends the second
+        process = start(project, None, '-m', 'nwrepro.training', *flags(LONGER | dict(processes=2)))
+        until(process, said)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 75 and 'SIGINT stopped the run after step' in out.splitlines()[-1] and '--processes 2' in out, out+err
     assert json.loads((run_of(project)/'summary.json').read_text())['status'] == 'interrupted'
     code, out, err = ran(project, None, '-m', 'nwrepro.training', *flags(LONGER | dict(processes=2)))
     summary = json.loads((run_of(project)/'summary.json').read_text())

@@ -11,7 +11,7 @@ from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
 from nwrepro.survival import HELD
 from nwrepro.sweeps import evaluations
-from nwrepro.training import begin_run, evaluate, fit, make_model, make_views, passed_on, recorded, start, train_step, what_broke
+from nwrepro.training import begin_run, evaluate, first_images, fit, make_model, make_views, recorded, start, train_step, trained, what_broke
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -20,8 +20,9 @@ def train(folder, fit=fit, **given):
     given = SMALL | given
     recipe = make_recipe(given, digits)
     run = begin_run(recipe, digits, given, folder)
-    model = make_model(recipe, 10)
-    return fit(model, make_views(recipe, digits), recipe, run, show=lambda line: None, **{k: given[k] for k in ('checkpoint_steps', 'eval_every') if k in given}), run
+    views = make_views(recipe, digits)
+    model = make_model(recipe, 10, first_images(views.train_eval, 64) if recipe.init == 'data' else None)
+    return fit(model, views, recipe, run, show=lambda line: None, **{k: given[k] for k in ('checkpoint_steps', 'eval_every') if k in given}), run
 
 def weights(run): return load_file(run.checkpoints/'final.safetensors')
 
@@ -104,6 +105,16 @@ def test_predictions_give_the_reported_accuracy(tmp_path):
     assert [int(line.split(',')[1]) for line in lines[1:]] == list(digits.val.labels)
     right = sum(line.split(',')[1] == line.split(',')[2] for line in lines[1:])
     assert 100*right/360 == pytest.approx(summary['top1'])
+
+@pytest.mark.parametrize('given', [dict(norm='wn'), dict(norm='wn', init='data', precision='fp64'), dict(norm='bn', zero_init=True, strides='v1.5'), dict(norm='trelu', init='even')], ids=str)
+def test_a_trained_network_says_what_its_run_recorded(given, tmp_path):
+    _, run = train(tmp_path, max_steps=3, **given)
+    network, recipe = trained(run), make_recipe(SMALL | given, digits)
+    x = torch.stack([make_views(recipe, digits).val[(0, k)][0] for k in range(360)]).to(next(network.parameters()).dtype)
+    said = [int(line.split(',')[2]) for line in (run.path/'predictions.csv').read_text().splitlines()[1:]]
+    with torch.no_grad(): assert network(x).argmax(1).tolist() == said
+    (run.checkpoints/'final.safetensors').unlink()
+    with pytest.raises(ValueError, match=f'^run {run.name} has no weights here: they are expected at .*final.safetensors; copy them'): trained(run)
 
 @pytest.mark.parametrize('every, epochs', [(1, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [0, 1, 2, 3, 6, 7]), (9, [0, 1, 2, 3, 4, 5, 6, 7])])
 def test_epochs_that_are_evaluated(every, epochs, tmp_path):
@@ -190,14 +201,3 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 nwrepro.training FAILED"""
     assert what_broke(log) == 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB'
     assert what_broke('torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nmain FAILED') is None
-
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_parent_stops_its_processes(number):
-    sleeper = 'import time\ntry: print("up", flush=True), time.sleep(60)\nexcept KeyboardInterrupt: print("asked to stop", flush=True)'
-    with subprocess.Popen([sys.executable, '-c', sleeper], stdout=subprocess.PIPE, text=True, start_new_session=True) as started:
-        assert started.stdout.readline() == 'up\n'
-        before = signal.getsignal(number)
-        with passed_on((signal.SIGTERM, signal.SIGUSR1), started):
-            signal.raise_signal(number)
-            assert started.stdout.readline() == 'asked to stop\n'
-    assert signal.getsignal(number) == before

@@ -5,11 +5,10 @@ One line of JSON per run, accuracies in percent. The images are one epoch of ful
 """
 import copy, hashlib, json, sys
 import torch
-from safetensors.torch import load
 from nwrepro.data import Views, load_source, loader
 from nwrepro.recipe import make_recipe
 from nwrepro.runs import Record, machine
-from nwrepro.training import make_model, make_views
+from nwrepro.training import make_views, trained
 
 @torch.no_grad()
 def top1(model, views, recipe, training):
@@ -23,8 +22,7 @@ def score(name):
     given, weights = record.config['given'], (record.checkpoints/'final.safetensors').read_bytes()
     source = load_source(given['data'], given.get('data_dir'))
     recipe = make_recipe(given, source)
-    model = make_model(recipe, len(source.classes))
-    model.load_state_dict(load(weights))
+    model = trained(record)
     crops = make_views(recipe, source).train
     centres = Views(crops.images, crops.indices, crops.pipeline, train=False, seed=crops.seed)
     found = {f'{words}, {mode}': top1(model, views, recipe, mode == 'batch statistics')
