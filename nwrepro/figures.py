@@ -8,7 +8,7 @@ __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'PLAC
            'per_run', 'points', 'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves',
            'convergence', 'grid_numbers', 'grid', 'regularisers', 'alike', 'start_of', 'tuning_runs', 'rate_numbers',
            'rate_panels', 'learning_rates', 'spelt_conditions', 'usual_conditions', 'conditions', 'whole_runs',
-           'start_numbers', 'start_panels', 'starts', 'survival_numbers', 'survival_curves', 'stability',
+           'start_numbers', 'start_panels', 'starts', 'survival_numbers', 'survival_curves', 'stability', 'with_probes',
            'depth_numbers', 'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain',
            'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
 
@@ -391,9 +391,9 @@ def rate_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme, start, length and rate; only where several rates were tried
     "Accuracy by learning rate"
-    rows = []
-    for (norm, start, epochs), own in runs.groupby(['norm', start_of(runs).rename('start'), 'epochs'], sort=False):
-        if own['lr'].nunique() < 2: continue
+    rows, begun = [], ['norm', start_of(runs).rename('start')]
+    several = runs[runs.groupby(begun)['lr'].transform('nunique') > 1]  # over all lengths: a longer run of the best rate belongs to them
+    for (norm, start, epochs), own in several.groupby([*begun, 'epochs'], sort=False):
         rows += [dict(scheme=norm, start=start, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(), top1=part['top1'].mean())
                  for lr, part in own.groupby('lr')]
     return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
@@ -475,7 +475,7 @@ def start_numbers(
     norms, rows = runs['norm'].unique().tolist(), []
     start = (start_of(runs)+', '+conditions(runs)).str.removesuffix(', ')
     for (norm, begun, lr), own in sorted(runs.groupby(['norm', start, 'lr']), key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
-        own = own.drop_duplicates('seed')
+        own = own.sort_values('status', key=lambda status: ~status.isin(['finished', 'diverged']), kind='stable').drop_duplicates('seed')
         for name, images in (('top1', 'test'), ('train_top1', 'training')):
             found = per_run(own, own[name])
             if not len(found): found = pandas.DataFrame([dict(what='mean', scheme=norm, n=0, value=math.nan, low=math.nan, high=math.nan, unit='percent')])
@@ -526,9 +526,11 @@ def survival_numbers(
         if own.groupby('seed')['lr'].nunique().max() < 2: continue
         alive, who = own[own['status'] == 'finished'], dict(scheme=norm, init=init, conditions=under)
         largest = alive.groupby('seed')['lr'].max().reindex(sorted(own['seed'].unique()), fill_value=0.)
-        rows += [dict(who, what='survived', lr=lr, n=len(largest), share=(largest >= lr).mean()) for lr in sorted(own['lr'].unique())]
-        lost = own[own['status'] == 'diverged'].groupby('seed')['lr'].max()
-        rows += [dict(who, what='largest', lr=lr, seed=seed, bounded=bool(lost.get(seed, 0) > lr)) for seed, lr in largest.items() if lr]
+        lost = own[own['status'] == 'diverged'].groupby('seed')['lr'].max().reindex(largest.index, fill_value=0.)
+        for lr in sorted(own['lr'].unique()):
+            told = largest[(largest >= lr) | (lost > largest)]  # a seed that lost no rate says nothing of those above its own
+            rows.append(dict(who, what='survived', lr=lr, n=len(told), share=(told >= lr).mean()))
+        rows += [dict(who, what='largest', lr=lr, seed=seed, bounded=bool(lost[seed] > lr)) for seed, lr in largest.items() if lr]
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'conditions', 'lr', 'n', 'share', 'seed', 'bounded'])
 
 # %% ../nbs/08_figures.ipynb #5a7b1e03
@@ -563,16 +565,25 @@ def stability(
                    f'Right: the largest learning rate that a seed survived, a marker per seed, open where no rate above it diverged. {describe(tidy(runs), shelf)}', found)
 
 # %% ../nbs/08_figures.ipynb #8e57091c
-def depth_numbers(
+def with_probes(
     runs:pandas.DataFrame,  # tidy, of one `(init, lr)` per scheme
+    shelf:Shelf,            # where their records are
+)->pandas.DataFrame:        # at most one per scheme
+    "The first run of each scheme that has probes to draw, finished before others"
+    runs = runs.sort_values('status', key=lambda status: status != 'finished', kind='stable')
+    runs = runs[[bool(len(shelf.events(name, 'probe').reindex(columns=['outputs', 'coherence']).dropna())) for name in runs['run']]]
+    return tidy(runs.groupby('norm', sort=False).head(1))
+
+def depth_numbers(
+    runs:pandas.DataFrame,  # tidy, one per scheme
     shelf:Shelf,            # where their records are
     most:int=6,             # probes per run, first and last among them
 )->pandas.DataFrame:        # a row per scheme, epoch and residual block
     "RMS and vector length of every residual block's output"
     parts = []
-    for norm, part in runs.groupby('norm', sort=False):
-        probes = next((p for name in part['run'][:5] if len(p := shelf.events(name, 'probe').reindex(columns=['epoch', 'outputs']).dropna())), [])
-        for epoch, outputs in probes.iloc[spread(len(probes), most)].itertuples(index=False) if len(probes) else []:
+    for norm, name in zip(runs['norm'], runs['run'], strict=True):
+        probes = shelf.events(name, 'probe').reindex(columns=['epoch', 'outputs']).dropna()
+        for epoch, outputs in probes.iloc[spread(len(probes), most)].itertuples(index=False):
             blocks = pandas.DataFrame(outputs)
             blocks = blocks[blocks['layer'].str.fullmatch(r'layer\d+\.\d+')]
             parts.append(pandas.DataFrame(dict(scheme=norm, epoch=epoch, block=range(1, len(blocks)+1), layer=blocks['layer'].values, rms=blocks['rms'].values, l2=blocks['l2'].values)))
@@ -599,7 +610,7 @@ def signal_by_depth(
     shelf:Shelf,            # where their records are
 )->Picture|None:            # None where no run has a probe
     "C7: layer-output RMS by depth and epoch"
-    runs = tuned(tidy(runs)).groupby('norm', sort=False).head(1)
+    runs = with_probes(tuned(tidy(runs)), shelf)
     found = depth_numbers(runs, shelf)
     if len(found): return Picture(depths(found), f"RMS of each residual block's output on fixed probe images, one run per scheme; the darker, the later. {describe(runs, shelf)}", found)
 
@@ -642,7 +653,7 @@ def coherence_and_gain(
     shelf:Shelf,            # where their records are
 )->Picture|None:            # None where no run has a probe
     "C8: filter coherence against gain"
-    runs = tuned(tidy(runs)).groupby('norm', sort=False).head(1)
+    runs = with_probes(tuned(tidy(runs)), shelf)
     found = coherence_numbers(runs, shelf)
     if len(found): return Picture(scatter(found), f'A marker per convolution, its shape the place in the block, at the last probe of one run per scheme. {describe(runs, shelf)}', found)
 

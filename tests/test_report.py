@@ -7,8 +7,8 @@ from urllib.parse import unquote, urlparse
 import pandas, pytest
 
 from conftest import ROOT, run_in
-from nwrepro.figures import FIGURES, LOOKS, Shelf, caption, picture_of
-from nwrepro.report import cell, conclusion, draw, write_page
+from nwrepro.figures import FIGURES, LOOKS, Shelf, caption, picture_of, survival_numbers, tidy
+from nwrepro.report import cell, command, conclusion, draw, write_page
 from nwrepro.runs import Run, load_runs, run_name
 from nwrepro.stats import CLAIMS, comparable, judge
 
@@ -196,6 +196,31 @@ def test_a_page_shows_what_other_starts_came_to(tmp_path):
     page_of(FIRST_LOOK, tmp_path/'page')
     assert not (tmp_path/'page/figures/starts.png').exists()
 
+def test_the_command_of_a_run_gives_its_numbers_in_full():
+    words = command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1., dropout=None)))
+    assert words == 'papermill nbs/train.ipynb reports/x.ipynb -p norm wn -p lr 0.12345678 -p epochs 60 -p warmup_epochs 1 -p dropout none -p data digits -p seed 3'
+
+def test_the_commands_of_cost_make_the_records_that_are_shown(made):
+    words, _ = check(made[1])
+    assert 'papermill nbs/cost.ipynb reports/cost.ipynb -p arch resnet18 -p image_size 24 -p batch_size 32 -p precision bf16' in words
+
+def test_a_rate_that_a_seed_never_tried_is_not_counted_as_lost():
+    tried = [(0, 1.), (0, 10.), (1, 1.), (2, 1.)]
+    runs = tidy(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr, status='finished') for seed, lr in tried]))
+    shares = survival_numbers(runs).query("what == 'survived'").set_index('lr')
+    assert shares['share'].to_dict() == {1.: 1., 10.: 1.} and shares['n'].to_dict() == {1.: 3, 10.: 1}
+    lost = pandas.concat([runs, runs.iloc[[2]].assign(run='lost', lr=5., status='diverged')])
+    assert survival_numbers(lost).query("what == 'survived'").set_index('lr')['share'].to_dict() == {1.: 1., 5.: 0.5, 10.: 0.5}
+
+def test_a_figure_of_probes_shows_a_run_that_has_them(tmp_path):
+    for seed in (0, 1): make(tmp_path/'runs', seed=seed)
+    first, second = sorted((tmp_path/'runs').iterdir(), key=lambda path: json.loads((path/'config.json').read_text())['seed'])
+    kept = [line for line in (first/'metrics.jsonl').read_text().splitlines() if json.loads(line)['event'] != 'probe']
+    (first/'metrics.jsonl').write_text('\n'.join(kept)+'\n')
+    for key in ('C7', 'C8'):
+        picture = picture_of(key, load_runs(tmp_path/'runs'), Shelf(tmp_path/'runs'))
+        assert len(picture.numbers) and 'n = 1 finished of 1 started, seed 1' in picture.caption
+
 def test_numbers_are_written_as_a_reader_would():
     assert [cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000', '48', '0.0125', '0.6667', '', '', 'True', 'wn']
 
@@ -244,13 +269,13 @@ def test_no_figure_of_the_page_before_is_left(tmp_path):
 def test_page_of_one_run_decides_nothing(tmp_path):
     make(tmp_path/'runs')
     words, _ = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    assert '1 run (1 finished) on digits' in words and 'n = 1 finished of 1 started' in words and 'Nothing is decided' in words
+    assert '1 run (1 finished) of resnet18 on digits' in words and 'n = 1 finished of 1 started' in words and 'Nothing is decided' in words
 
 def test_page_of_diverged_runs_only(tmp_path):
     for norm in ('bn', 'wn'):
         for lr in (1., 3.): make(tmp_path/'runs', norm=norm, lr=lr, status='diverged')
     words, _ = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    assert '4 runs (4 diverged) on digits' in words and 'Nothing is decided' in words
+    assert '4 runs (4 diverged) of resnet18 on digits' in words and 'Nothing is decided' in words
 
 def torn_config(run): (run.path/'config.json').write_text('{"norm": "wn", "da')
 def empty_config(run): (run.path/'config.json').write_text('{}')

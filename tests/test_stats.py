@@ -152,6 +152,18 @@ def test_a_run_that_has_just_begun_hides_no_finished_ones():
     begun = runs_of('wn', [NAN]).assign(status='started')
     assert set(arm(comparable(table(BN, other, begun))[0][1], 'wn').init) == {'torch'} and decide('C1', BN, other, begun).verdict == 'supported'
 
+@pytest.mark.parametrize('first', (True, False))
+def test_a_cut_run_of_the_same_seed_hides_no_finished_one(first):
+    cut = runs_of('wn', [NAN], compile='network').assign(status='interrupted')
+    parts = (cut, BN, WN) if first else (BN, WN, cut)
+    assert decide('C1', *parts).verdict == 'supported' and '3 of 3 finished' in decide('C1', *parts).why
+
+@pytest.mark.parametrize('first', (True, False))
+def test_of_two_networks_with_as_many_seeds_the_one_nearest_to_the_papers_is_judged(first):
+    other = [part.assign(arch='resnet50') for part in SWAPPED]
+    found = decide('C1', *((BN, WN, *other) if first else (*other, BN, WN)))
+    assert found.verdict == 'contradicted' and 'resnet50' in found.where
+
 def test_by_setting_counts_what_was_started():
     rows = by_setting(table(BN, runs_of('wn', [94., 93., NAN]), runs_of('np', [95.]).assign(status='started', top1=NAN))).set_index('norm')
     assert rows[['n_started', 'n_finished', 'n_diverged']].values.tolist() == [[3, 3, 0], [1, 0, 0], [3, 2, 1]]
@@ -179,7 +191,8 @@ def test_only_the_papers_setting_is_the_claim_itself():
     def kind(**change): return kind_of(comparable(pandas.DataFrame([PAPER | dict(run='bn', norm='bn', init='torch', seed=0, source=dict(classes=1000, train=1281167)) | change]))[0][0])
     assert kind() == 'claim' and kind(precision='bf16') == 'claim'
     changes = [dict(data='imagenette'), dict(arch='resnet18'), dict(image_size=160), dict(recipe='modern'), dict(epochs=90), dict(batch_size=64), dict(train_images=1000),
-               dict(holdout=0.1), dict(max_steps=10), dict(source=dict(classes=100, train=126689))]
+               dict(holdout=0.1), dict(max_steps=10), dict(source=dict(classes=100, train=126689)), dict(strides='v1.5'), dict(schedule='cosine'), dict(zero_init=True), dict(label_smoothing=0.1),
+               dict(warmup_epochs=5.), dict(bn_batch=64), dict(decay_on='v+w')]
     assert [kind(**change) for change in changes] == ['analogue']*len(changes)
 
 
@@ -191,6 +204,10 @@ def test_magnitude_is_spoken_of_on_the_claim_itself_alone():
     small = c1([67.2, 66.8, 67.1])
     assert (small.verdict, small.kind) == ('supported', 'analogue') and 'magnitude' not in small.why and small.where.startswith('analogue (') and small.where.endswith(', not the claim itself')
 
+
+def test_a_verdict_names_where_its_recipe_was_changed():
+    usual, changed = (decide('C1', *(part.assign(**setting) for part in (BN, WN))).where for setting in ({}, dict(strides='v1.5', zero_init=True)))
+    assert ', strides v1.5' in changed and ', zero_init True' in changed and 'strides' not in usual and 'zero_init' not in usual
 
 def test_the_setting_that_can_decide_goes_before_the_claim_itself():
     one_each = [part[:1].assign(**{k: v for k, v in PAPER.items() if v is not None}) for part in (BN, WN)]
@@ -207,7 +224,7 @@ def test_claims_about_accuracy(key):
         verdict = decide(key, *few)
         assert verdict.verdict == 'undecided' and f'n = {len(few[1])}' in verdict.why and verdict.kind == 'analogue'
     assert [decide(key, *parts).verdict for parts in ((BN,), (WN,), (BN, WN.assign(image_size=64)), (BN, WN.assign(status='diverged', top1=NAN)))] == ['not tested']*4
-    assert '3 of 6 such runs diverged' in decide(key, BN, WN.assign(status='diverged', top1=NAN)).why
+    assert '(of 6 such runs 3 diverged)' in decide(key, BN, WN.assign(status='diverged', top1=NAN)).why
 
 
 def test_a_verdict_shows_its_numbers_and_names_its_runs():
@@ -222,7 +239,7 @@ def test_a_verdict_shows_its_numbers_and_names_its_runs():
 
 def test_runs_cut_short_have_no_final_accuracy():
     cut = decide('C1', BN.assign(max_steps=50), WN.assign(max_steps=50))
-    assert cut.verdict == 'not tested' and '6 of 6 such runs were cut short by max_steps and do not count' in cut.why
+    assert cut.verdict == 'not tested' and '(of 6 such runs 6 were cut short by max_steps and do not count)' in cut.why
 
 
 # records
@@ -282,6 +299,8 @@ def test_c7_first_flat_then_rising(tmp_path, wn, verdict):
         path.write_text(path.read_text()+to_json(probe)+'\n')
     found = CLAIMS['C7'].decide(runs, folder)
     assert found.verdict == verdict and set(found.numbers.scheme) == {'wn', 'bn'}
+    before = found.numbers.set_index(['what', 'scheme']).loc[('slope before training', 'wn')]
+    assert before.value == pytest.approx(wn[0], abs=0.002) and ('what contradicts is the first slope' in found.why) == (wn[0] > 0.05 and verdict == 'contradicted')
 
 
 def test_c7_without_probes_or_with_one_seed(tmp_path):
@@ -333,6 +352,7 @@ def test_c5_best_cell_against_bn():
     level = runs_of('wn', [97.0, 97.3, 97.1], dropout=0.3)
     assert [v.verdict for v in (c5(worse), c5(worse, better), c5(worse, level), c5())] == ['supported', 'contradicted', 'undecided', 'not tested']
     assert 'dropout 0.5' in c5(worse).why and 'decay on all' in c5(worse).why and len(c5(worse).runs) == 9
+    assert len(decide('C5', BN, WN, worse, runs_of('bn', [90., 91., 92.], dropout=0.5)).runs) == 12  # all cells of the grid, for its figure
     gap = c5(worse).numbers.query("scheme == 'bn - wn'").set_index('what').loc['top1 at dropout 0.5, weight_decay 0.0001']
     e = welch(BN.top1, worse.top1, 0.975)
     assert [gap.low, gap.high] == pytest.approx([e.low, e.high])
@@ -451,6 +471,13 @@ def test_few_rounds_decide_nothing_and_the_papers_own_network_goes_first(tmp_pat
     assert [(v.verdict, v.kind) for v in own] == [('supported', 'claim')]*2
     assert own[0].numbers.value[0] == pytest.approx(100*(1-1/1.2), abs=0.1) and (own[0].numbers.low < own[0].numbers.value).all() and (own[0].numbers.value < own[0].numbers.high).all()
     assert all('resnet50' in v.where and 'analogue' not in v.where for v in own)
+
+@pytest.mark.parametrize('wn, verdict', [([1.05]*10, 'supported'), ([1.1]*5+[1.3]*5, 'undecided'), ([1.3]*10, 'contradicted')])
+def test_cost_is_judged_in_every_precision(wn, verdict, tmp_path):
+    cost_verdicts(tmp_path, precision='bf16', seconds=dict(wn=wn))
+    c10, c11 = cost_verdicts(tmp_path)
+    assert (c10.verdict, c11.verdict) == ('supported', verdict) and 'fp32 and bf16' in c11.where
+    assert c11.why.index('in fp32 ') < c11.why.index('in bf16 ') and set(c11.numbers.what) == {f'step time over {norm}, {precision}' for norm in ('bn', 'none') for precision in ('fp32', 'bf16')}
 
 @pytest.mark.parametrize('unusual', (dict(compile='network'), dict(compile='off'), dict(allocator={'MALLOC_MMAP_MAX_': '0'})))
 def test_a_record_of_another_compiler_or_allocator_is_not_judged(unusual, tmp_path):
