@@ -391,9 +391,9 @@ def rate_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme, start, length and rate; only where several rates were tried
     "Accuracy by learning rate"
-    rows, begun = [], ['norm', start_of(runs).rename('start')]
-    several = runs[runs.groupby(begun)['lr'].transform('nunique') > 1]  # over all lengths: a longer run of the best rate belongs to them
-    for (norm, start, epochs), own in several.groupby([*begun, 'epochs'], sort=False):
+    rows, runs = [], runs.assign(start=start_of(runs))
+    several = runs[runs.groupby(['norm', 'start'])['lr'].transform('nunique') > 1]  # over all lengths: a longer run of the best rate belongs to them
+    for (norm, start, epochs), own in several.groupby(['norm', 'start', 'epochs'], sort=False):
         rows += [dict(scheme=norm, start=start, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(), top1=part['top1'].mean())
                  for lr, part in own.groupby('lr')]
     return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
