@@ -22,7 +22,7 @@ import pandas, torch
 from matplotlib.figure import Figure
 from .recipe import tuned_table
 from .runs import Record
-from .stats import ASIDE, MEASURED, arm, comparable, cost_records, gains, kind_of, mean_interval, place_in_block, step_ratio
+from .stats import ASIDE, MEASURED, arm, comparable, cost_records, gains, is_whole, kind_of, mean_interval, place_in_block, step_ratio
 
 # %% ../nbs/08_figures.ipynb #fecefd01
 LOOKS = dict(bn=('#0072B2', 'o'), none=('#666666', 's'), wn=('#D55E00', '^'), np=('#009E73', 'D'), trelu=('#CC79A7', 'v'))
@@ -507,12 +507,14 @@ def starts(
     shelf:Shelf,            # where their records are
 )->Picture|None:            # None where no scheme ended from several starts or at several rates
     "What every scheme came to from every start"
+    whole = [group for setting, group in comparable(runs) if is_whole(setting)]
     runs = whole_runs(runs)
     found = start_numbers(runs)
     if not len(found) or not (found['n'] > 0).any() or found.groupby('scheme')[['start', 'lr']].nunique().max().max() < 2: return None
-    usual = ' and '.join(usual_conditions(runs))
+    usual, rest = ' and '.join(usual_conditions(runs)), pandas.concat(whole).query('run not in @runs.run')
+    left = f" Not drawn, as they differ in more: {len(rest)} of {listed(rest['arch'])} on {listed(rest['data'])}." if len(rest) else ''
     return Picture(start_panels(found), f'Accuracy after the last epoch by start (init; `zero_init`: residual branches begin at 0), rate, warm-up and clipping ({usual} unless said otherwise), '
-                   f'with the number of runs that finished, of those started. {MARKS} {describe(runs, shelf)}', found)
+                   f'with the number of runs that finished, of those started. {MARKS} {describe(runs, shelf)}{left}', found)
 
 # %% ../nbs/08_figures.ipynb #98124d78
 def survival_numbers(

@@ -189,9 +189,11 @@ def test_a_page_shows_how_the_rates_were_chosen(tmp_path):
 def test_a_page_shows_what_other_starts_came_to(tmp_path):
     begun = [make(tmp_path/'runs', norm='bn', seed=seed, zero_init=zero, lr=lr, top1=60+10*zero+seed) for zero, lr in ((False, 0.1), (True, 0.2)) for seed in (0, 1, 2)]
     make(tmp_path/'runs', norm='bn', lr=0.4, max_steps=5)
+    make(tmp_path/'runs', norm='bn', arch='resnet34')
     make(tmp_path/'runs', norm='wn', init='norm_preserving', lr=0.3, holdout=0.2)
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
     again = words.partition('Starts side by side')[2].rpartition('Starts side by side')[2]
+    assert 'Not drawn, as they differ in more: 1 of resnet34 on digits.' in words
     assert 'starts' in seen.ids and all(f'reports/{run.name}.ipynb' in again for run in begun) and 'max_steps' not in again and 'norm wn' not in again
     page_of(FIRST_LOOK, tmp_path/'page')
     assert not (tmp_path/'page/figures/starts.png').exists()

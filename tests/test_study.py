@@ -45,4 +45,4 @@ def test_factors_between_largest_rates_are_those_of_the_records(what, numbers, p
 def test_hours_are_those_of_the_records(runs, page):
     part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search' for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]
     hours = {name: f'{seconds/3600:.0f}' for name, seconds in runs.groupby(part)['wall_s'].sum().items()}
-    assert 'the search took {search} hours, the accuracy part {accuracy}, the stability part {stability} '.format(**hours) in page
+    assert 'the search took {search} hours, the accuracy part {accuracy} (ResNet-50 aside), the stability part {stability} '.format(**hours) in page
