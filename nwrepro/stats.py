@@ -921,8 +921,10 @@ def dearest_records(
     "The records that a claim about cost is judged by: the paper's network and size on a GPU before others, then the largest, in every precision"
     def rank(record): return kind_of_cost(record) == 'claim', record['image_size'], record['batch_size']
     found = [record for record in cost_records(folder) if set(norms) <= set(record['seconds'])]
-    found = [record for record in found if rank(record) == max(map(rank, found))]
-    found = {record['precision']: record for record in sorted(found, key=lambda record: len(record['seconds'][norms[0]]))}  # of several the one with most rounds
+    def rounds(record): return len(record['seconds'][norms[0]])
+    dearest = max(found, key=lambda record: (rank(record), rounds(record)), default=None)
+    def same(record): return all(record[name] == dearest[name] for name in ('arch', 'image_size', 'batch_size', 'device', 'channels_last'))
+    found = {record['precision']: record for record in sorted(filter(same, found), key=rounds)}  # of several the one with most rounds
     return [found[precision] for precision in sorted(found, key=lambda name: (name != 'fp32', name))]
 
 def kind_of_cost(

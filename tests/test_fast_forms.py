@@ -4,8 +4,9 @@ import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
 from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, weight_normalize
-from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, normalised
+from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, make_ready, normalised
 from nwrepro.passes import Kernel, NPJoin, WNJoin
+from nwrepro.probes import first_nonfinite_gradient, layer_outputs
 from nwrepro.roofline import kept_bytes
 from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, no_norm, parameter_roles, strict
 
@@ -165,3 +166,18 @@ def test_as_little_is_kept_as_without_normalization(norm):
     gained = [m.v.nbytes for name, m in nets[norm].named_modules() if norm == 'trelu' and name.endswith(('.conv3', 'downsample.0'))]  # filters times the weight of a branch
     kept = {n: kept_bytes(net, lambda: net(x)) for n, net in nets.items()}
     assert kept[norm] <= 1.01*kept['none'] + sum(gained)
+
+@pytest.mark.parametrize('norm', PLAIN)
+def test_probes_see_the_same_signals_in_both_forms(norm, monkeypatch):
+    seen = [layer_outputs(model, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()) for model in pair(norm, 'resnet26', monkeypatch, torch.channels_last)]
+    weighted = ('conv3', 'downsample.0') if norm == 'trelu' else ()  # the fast form gives these the weight that they have in the sum
+    plain, fast = ({name: rms for name, rms in zip(one['layer'], one['rms'], strict=True) if not name.endswith(weighted)} for one in seen)
+    assert len(plain) >= 26 and plain == pytest.approx(fast, rel=1e-4)
+
+def test_a_gradient_that_arrives_at_the_weight_is_named_after_its_direction():
+    model = convert(timm.create_model('resnet18', num_classes=3), 'wn')
+    make_ready(model.layer1[0].conv1, torch.float32)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert first_nonfinite_gradient(model) is None
+    model.layer1[0].conv1.ready.grad[0] = torch.inf
+    assert first_nonfinite_gradient(model) == 'layer1.0.conv1.v'

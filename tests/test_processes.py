@@ -238,7 +238,10 @@ def test_a_host_that_dies_is_replaced_twice(project):
     shutil.copy(ROOT/'settings.ini', project/'alone')
     trained(project/'alone', None, **given)
     first = agents(project, port, given)
-    while not listening(port): time.sleep(0.1)  # it keeps the list of hosts, and must not be the one that dies
+    up = time.monotonic()+120
+    while not listening(port):
+        assert first.poll() is None and time.monotonic() < up, 'the first host does not listen'
+        time.sleep(0.1)  # it keeps the list of hosts, and must not be the one that dies
     steps = lambda: [int(path.name.split('-')[1]) for path in project.glob('data/checkpoints/*/step-*.pt')]
     reached, deadline = 0, time.monotonic()+500
     for _ in range(2):

@@ -459,7 +459,9 @@ def cost_verdicts(folder, **changes):
     return [CLAIMS[key].decide(table(BN, WN), folder/'runs') for key in ('C10', 'C11')]
 
 @pytest.mark.parametrize('seconds, c10, c11', [({}, 'supported', 'supported'), (dict(wn=[1.3]*10), 'supported', 'contradicted'), (dict(wn=[1.205]*5+[1.2]*5), 'supported', 'supported'),
-    (dict(wn=[1.1]*5+[1.3]*5), 'supported', 'undecided'), (dict(bn=numpy.linspace(1.03, 1.031, 10).tolist()), 'contradicted', 'contradicted'), (dict(bn=[1.]*5+[1.2]*5), 'undecided', 'undecided')])
+    (dict(wn=[1.1]*5+[1.3]*5), 'supported', 'undecided'), (dict(bn=numpy.linspace(1.03, 1.031, 10).tolist()), 'contradicted', 'contradicted'), (dict(bn=[1.]*5+[1.2]*5), 'undecided', 'undecided'),
+    (dict(bn=numpy.linspace(1.041, 1.042, 10).tolist()), 'contradicted', 'contradicted'), (dict(bn=numpy.linspace(1.063, 1.064, 10).tolist()), 'supported', 'contradicted'),  # 4 and 6 % of a step
+    (dict(wn=numpy.linspace(1.2085, 1.2095, 10).tolist()), 'supported', 'supported'), (dict(wn=numpy.linspace(1.217, 1.218, 10).tolist()), 'supported', 'contradicted')])  # 1.006 and 1.013 times bn
 def test_cost_is_decided_by_the_median_over_rounds(seconds, c10, c11, tmp_path):
     verdicts = cost_verdicts(tmp_path, seconds=seconds)
     assert [v.verdict for v in verdicts] == [c10, c11] and {v.kind for v in verdicts} == {'analogue'} and all('not the claim itself' in v.where for v in verdicts)
@@ -478,6 +480,13 @@ def test_cost_is_judged_in_every_precision(wn, verdict, tmp_path):
     c10, c11 = cost_verdicts(tmp_path)
     assert (c10.verdict, c11.verdict) == ('supported', verdict) and 'fp32 and bf16' in c11.where
     assert c11.why.index('in fp32 ') < c11.why.index('in bf16 ') and set(c11.numbers.what) == {f'step time over {norm}, {precision}' for norm in ('bn', 'none') for precision in ('fp32', 'bf16')}
+
+def test_cost_of_two_networks_or_layouts_is_not_mixed(tmp_path):
+    cost_verdicts(tmp_path, arch='resnet50', channels_last=False, precision='bf16', seconds=dict(wn=[1.3]*10))
+    cost_verdicts(tmp_path, arch='resnet18', precision='bf16', seconds=dict(wn=[1.3]*10))
+    long = {norm: times*numpy.linspace(1, 1.002, 20)**k for k, (norm, times) in enumerate(dict(none=1., bn=1.2, wn=1.05, np=1.1).items())}
+    c10, c11 = cost_verdicts(tmp_path, arch='resnet50', seconds={norm: times.tolist() for norm, times in long.items()})
+    assert c11.verdict == 'supported' and 'bf16' not in c11.where and 'contiguous' not in c11.where and 'resnet50' in c11.where
 
 @pytest.mark.parametrize('unusual', (dict(compile='network'), dict(compile='off'), dict(allocator={'MALLOC_MMAP_MAX_': '0'})))
 def test_a_record_of_another_compiler_or_allocator_is_not_judged(unusual, tmp_path):

@@ -36,11 +36,13 @@ def test_accuracies_are_those_of_the_records(start, runs, page):
     first, *more, last = (f'{value:.1f}' for value in of(runs, 'top1', start))
     assert f"{', '.join([first, *more])} and {last} %" in page
 
-@pytest.mark.parametrize('what', ['', ', init torch', ', init data'])
-def test_factors_between_largest_rates_are_those_of_the_records(what, numbers, page):
-    table = numbers['C6'].query('what == @wanted', local_dict=dict(wanted=f'factor between the limits{what}'))
+@pytest.mark.parametrize('conditions, schemes, words', [
+    ('', 'bn / wn', 'survives {} times its rate'), (', init torch', 'bn / wn', "{} times from torch's"), (', init data', 'bn / wn', '{} times from the data-dependent one'),
+    ('', 'bn / np', '{} times the rate of `np`'), ('', 'bn / trelu', '{} times that of `trelu`'), ('', 'bn / none', '{} times that of `none`'), (', init torch', 'bn / none', "of the last from torch's start {} times")])
+def test_factors_between_largest_rates_are_those_of_the_records(conditions, schemes, words, numbers, page):
+    low, high = numbers['C6'].set_index(['what', 'scheme']).loc[(f'factor between the limits{conditions}', schemes), ['low', 'high']]
     def forms(x): return {f'{x:{form}}' for form in ('.0f', '.1f', '.2f', '.2g')}
-    for row in table.itertuples(): assert any(f'{low} to {high} times' in page for low in forms(row.low) for high in forms(row.high)), row
+    assert any(words.format(f'{a} to {b}') in page for a in forms(low) for b in forms(high)), (low, high)
 
 def test_hours_are_those_of_the_records(runs, page):
     part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search' for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]

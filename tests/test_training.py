@@ -11,7 +11,7 @@ from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
 from nwrepro.survival import HELD
 from nwrepro.sweeps import evaluations
-from nwrepro.training import begin_run, evaluate, first_images, fit, make_model, make_views, recorded, start, train_step, trained, what_broke
+from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, make_model, make_views, recorded, seed_step, start, train_step, trained, what_broke
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -141,6 +141,27 @@ def test_evaluation_agrees_with_a_plain_loop(tmp_path):
     top5 = (logits.topk(5).indices == y[:,None]).any(1).float().mean().item()
     assert (result['top1'], result['top5']) == pytest.approx((100*(logits.argmax(1) == y).float().mean().item(), 100*top5))
     assert [p for _, _, p in rows] == logits.argmax(1).tolist()
+
+def test_dropout_and_label_smoothing_reach_the_loss():
+    recipe = make_recipe(SMALL | dict(norm='wn', recipe='modern', precision='fp32', dropout=0.), digits)
+    x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
+    loss, *_ = gradient(state, x, y)
+    with torch.no_grad(): logits = state.model.train()(x)
+    assert recipe.label_smoothing == 0.1 and loss == pytest.approx(4*torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1).item(), rel=1e-5)
+    dropping = make_model(make_recipe(SMALL | dict(norm='wn', dropout=0.5), digits), 10).train()
+    assert state.model(x).equal(state.model(x)) and not dropping(x).equal(dropping(x))
+
+def test_parts_of_a_batch_drop_other_units_and_a_step_done_again_the_same():
+    recipe = make_recipe(SMALL | dict(norm='wn'), digits)
+    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
+    def drawn(part):
+        seed_step(state, part)
+        return torch.rand(5)
+    first, second = drawn(0), drawn(1)
+    assert first.equal(drawn(0)) and not first.equal(second)
+    state.step += 1
+    assert not first.equal(drawn(0))
 
 def test_a_step_is_plain_sgd(tmp_path):
     "One step of the loop against a few lines of torch"
