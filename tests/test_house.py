@@ -75,6 +75,20 @@ def test_links_of_the_readme_lead_somewhere():
     links = re.findall(r'\]\(([^)\s#:]+)(?:#[^)\s]*)?\)', re.sub(r'```.*?```', '', readme, flags=re.S))
     assert links and [link for link in links if not (ROOT/link).exists()] == []
 
+def text_of(page): return '\n\n'.join(c.source for c in nbformat.read(page, 4).cells if c.cell_type == 'markdown') if page.suffix == '.ipynb' else page.read_text()
+
+def anchors(page):
+    "As Jupyter names the headings of a notebook, and GitHub those of a page"
+    titles = re.findall(r'^#+ (.+)$', re.sub(r'```.*?```', '', text_of(page), flags=re.S), re.M)
+    if page.suffix == '.ipynb': return {title.replace('`', '').replace(' ', '-') for title in titles}
+    return {re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles}
+
+def test_links_to_a_heading_find_it():
+    pages = [ROOT/name for name in git_files() if name.endswith(('.md', '.ipynb')) and name.split('/')[0] != 'reports' or name == 'reports/README.md']
+    links = [(page, target, anchor) for page in pages for target, anchor in re.findall(r'\]\(([^)\s#:]*)#([^)\s]+)\)', text_of(page))]
+    lost = [(page.name, target, anchor) for page, target, anchor in links if anchor not in anchors(page.parent/target if target else page)]
+    assert len(links) > 5 and lost == []
+
 def test_ci_runs_the_commands_of_the_readme_as_they_stand():
     readme, ci = (ROOT/'README.md').read_text(), (ROOT/'.ci/run').read_text()
     commands = re.findall(r'^pip install .*', readme, re.M)
