@@ -7,10 +7,10 @@ __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'PLAC
            'pictures', 'spread', 'depth', 'last_steps', 'Shelf', 'tidy', 'tuned', 'listed', 'about', 'describe',
            'per_run', 'points', 'final_accuracy', 'generalisation_gap', 'by_epoch', 'lines', 'training_curves',
            'convergence', 'grid_numbers', 'grid', 'regularisers', 'alike', 'start_of', 'tuning_runs', 'rate_numbers',
-           'rate_panels', 'learning_rates', 'spelt_conditions', 'usual_conditions', 'conditions', 'whole_runs',
-           'start_numbers', 'start_panels', 'starts', 'survival_numbers', 'survival_curves', 'stability', 'with_probes',
-           'depth_numbers', 'depths', 'signal_by_depth', 'coherence_numbers', 'scatter', 'coherence_and_gain',
-           'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
+           'rate_panels', 'learning_rates', 'spelt_conditions', 'usual_conditions', 'conditions', 'whole_start',
+           'whole_runs', 'start_numbers', 'start_panels', 'starts', 'survival_numbers', 'survival_curves', 'stability',
+           'with_probes', 'depth_numbers', 'depths', 'signal_by_depth', 'coherence_numbers', 'scatter',
+           'coherence_and_gain', 'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
 
 # %% ../nbs/08_figures.ipynb #0077c82d
 import itertools, math
@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 import pandas, torch
 from matplotlib.figure import Figure
 from .recipe import tuned_table
-from .runs import Record
-from .stats import ASIDE, MEASURED, arm, comparable, cost_records, gains, is_whole, kind_of, mean_interval, place_in_block, step_ratio
+from .runs import RESULTS, Record
+from .stats import ASIDE, MEASURED, arm, comparable, cost_records, ended_first, gains, is_whole, kind_of, mean_interval, place_in_block, step_ratio
 
 # %% ../nbs/08_figures.ipynb #fecefd01
 LOOKS = dict(bn=('#0072B2', 'o'), none=('#666666', 's'), wn=('#D55E00', '^'), np=('#009E73', 'D'), trelu=('#CC79A7', 'v'))
@@ -461,6 +461,13 @@ def conditions(
     spelt, usual = spelt_conditions(runs), usual_conditions(runs)
     return spelt.apply(lambda row: ', '.join(row[row != usual]), axis=1)
 
+def whole_start(
+    runs:pandas.DataFrame,  # tidy
+)->pandas.Series:           # of text, 'torch, zero_init, grad_clip 1'
+    "All that a run began with: init, branches, and warm-up and clipping where they are not those of most"
+    return (start_of(runs)+', '+conditions(runs)).str.removesuffix(', ')
+
+
 # %% ../nbs/08_figures.ipynb #st4r7008
 def whole_runs(
     runs:pandas.DataFrame,  # as `load_runs` gives it
@@ -473,9 +480,8 @@ def start_numbers(
 )->pandas.DataFrame:        # per scheme, start, rate and kind of images: rows as `per_run` makes them
     "Accuracy of every start, on test and on training images"
     norms, rows = runs['norm'].unique().tolist(), []
-    start = (start_of(runs)+', '+conditions(runs)).str.removesuffix(', ')
-    for (norm, begun, lr), own in sorted(runs.groupby(['norm', start, 'lr']), key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
-        own = own.sort_values('status', key=lambda status: ~status.isin(['finished', 'diverged']), kind='stable').drop_duplicates('seed')
+    for (norm, begun, lr), own in sorted(runs.groupby(['norm', whole_start(runs), 'lr']), key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
+        own = ended_first(own).drop_duplicates('seed')
         for name, images in (('top1', 'test'), ('train_top1', 'training')):
             found = per_run(own, own[name])
             if not len(found): found = pandas.DataFrame([dict(what='mean', scheme=norm, n=0, value=math.nan, low=math.nan, high=math.nan, unit='percent')])
@@ -521,7 +527,7 @@ def survival_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme and learning rate, then a row per scheme and seed
     "Who survived which learning rate; a start whose seeds met one rate each shows no limit, and is left out"
-    ended, rows = runs[runs['status'].isin(['finished', 'diverged'])].fillna(dict(init='start not recorded')), []
+    ended, rows = runs[runs['status'].isin(RESULTS)].fillna(dict(init='start not recorded')), []
     norms = ended['norm'].unique().tolist()
     starts = ended.groupby(['norm', 'init', conditions(ended).rename('under')], sort=False)
     for (norm, init, under), own in sorted(starts, key=lambda start: (norms.index(start[0][0]), start[0][2] != '')):
@@ -566,16 +572,18 @@ def stability(
     return Picture(survival_curves(found), f'Left: share of seeds that survived a learning rate or a higher one{cut}, a marker per rate that was tried. '
                    f'Right: the largest learning rate that a seed survived, a marker per seed, open where no rate above it diverged. {describe(tidy(runs), shelf)}', found)
 
-# %% ../nbs/08_figures.ipynb #8e57091c
+# %% ../nbs/08_figures.ipynb #8e57091a
 def with_probes(
     runs:pandas.DataFrame,  # tidy, of one `(init, lr)` per scheme
     shelf:Shelf,            # where their records are
-)->pandas.DataFrame:        # at most one per scheme
-    "The first run of each scheme that has probes to draw, finished before others"
+    columns:list,           # that a probe must have
+)->pandas.DataFrame:        # at most one run per scheme
+    "The first run of each scheme that has something to draw, finished ones before others"
     runs = runs.sort_values('status', key=lambda status: status != 'finished', kind='stable')
-    runs = runs[[bool(len(shelf.events(name, 'probe').reindex(columns=['outputs', 'coherence']).dropna())) for name in runs['run']]]
-    return tidy(runs.groupby('norm', sort=False).head(1))
+    drawn = runs['run'].map(lambda name: len(shelf.events(name, 'probe').reindex(columns=columns).dropna()) > 0).astype(bool)
+    return tidy(runs[drawn].groupby('norm', sort=False).head(1))
 
+# %% ../nbs/08_figures.ipynb #8e57091c
 def depth_numbers(
     runs:pandas.DataFrame,  # tidy, one per scheme
     shelf:Shelf,            # where their records are
@@ -612,7 +620,7 @@ def signal_by_depth(
     shelf:Shelf,            # where their records are
 )->Picture|None:            # None where no run has a probe
     "C7: layer-output RMS by depth and epoch"
-    runs = with_probes(tuned(tidy(runs)), shelf)
+    runs = with_probes(tuned(tidy(runs)), shelf, ['outputs'])
     found = depth_numbers(runs, shelf)
     if len(found): return Picture(depths(found), f"RMS of each residual block's output on fixed probe images, one run per scheme; the darker, the later. {describe(runs, shelf)}", found)
 
@@ -655,7 +663,7 @@ def coherence_and_gain(
     shelf:Shelf,            # where their records are
 )->Picture|None:            # None where no run has a probe
     "C8: filter coherence against gain"
-    runs = with_probes(tuned(tidy(runs)), shelf)
+    runs = with_probes(tuned(tidy(runs)), shelf, ['outputs', 'coherence'])
     found = coherence_numbers(runs, shelf)
     if len(found): return Picture(scatter(found), f'A marker per convolution, its shape the place in the block, at the last probe of one run per scheme. {describe(runs, shelf)}', found)
 

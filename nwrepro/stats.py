@@ -6,14 +6,14 @@
 __all__ = ['LEAST', 'Estimate', 'SETTING', 'FREE', 'GAPS', 'CLAIMS', 'FIXED', 'ITSELF', 'NUMBERS', 'Course', 'RANK', 'LEVELS',
            'FAMILY', 'ASIDE', 'STANDS', 'STEEP', 'MEASURED', 'UNMEASURED', 'SIGNIFICANT', 'mean_interval', 'spelt',
            'welch', 'paired', 'wilson', 'answers', 'mcnemar', 'holm', 'complete', 'comparable', 'ended_well', 'done',
-           'summarised', 'by_setting', 'arm', 'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of', 'kept_power',
-           'place', 'is_whole', 'best_setting', 'number', 'table_of', 'not_tested', 'missing', 'ruling', 'interval',
-           'counted', 'other_starts', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth', 'gains',
-           'place_in_block', 'coherence_rank', 'coherence_ranks', 'read_course', 'courses', 'decide_c2', 'epochs_to',
-           'decide_c3', 'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'brackets', 'limits',
-           'ladder_row', 'factor_row', 'ladder_numbers', 'how_much', 'apart', 'beside', 'decide_c6', 'probed', 'early',
-           'at_start', 'rise', 'decide_c7', 'decide_c8', 'decide_c9', 'cost_records', 'step_ratio', 'dearest_records',
-           'kind_of_cost', 'place_of_cost', 'in_all', 'decide_c10', 'decide_c11', 'judge']
+           'summarised', 'by_setting', 'ended_first', 'arm', 'against_bn', 'Verdict', 'Claim', 'claim', 'kind_of',
+           'kept_power', 'place', 'is_whole', 'best_setting', 'number', 'table_of', 'not_tested', 'missing', 'ruling',
+           'interval', 'counted', 'other_starts', 'gap_claim', 'decide_c1', 'lines_of', 'running_accuracy', 'growth',
+           'gains', 'place_in_block', 'coherence_rank', 'coherence_ranks', 'read_course', 'courses', 'decide_c2',
+           'epochs_to', 'decide_c3', 'decide_c4', 'grids', 'best_grid', 'decide_c5', 'lr_limits', 'log_gap', 'brackets',
+           'limits', 'ladder_row', 'factor_row', 'ladder_numbers', 'how_much', 'apart', 'beside', 'decide_c6', 'probed',
+           'early', 'at_start', 'rise', 'decide_c7', 'decide_c8', 'decide_c9', 'cost_records', 'step_ratio',
+           'dearest_records', 'kind_of_cost', 'place_of_cost', 'in_all', 'decide_c10', 'decide_c11', 'judge']
 
 # %% ../nbs/07_stats.ipynb #138c93da
 import itertools, math, re
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy, pandas, scipy.stats
 from .data import project_root
 from .recipe import RECIPES
-from .runs import Record, read_json, read_metrics
+from .runs import RESULTS, Record, read_json, read_metrics
 from .surgery import SCHEMES
 
 # %% ../nbs/07_stats.ipynb #1ddee8b9
@@ -186,15 +186,20 @@ def by_setting(
     return pandas.DataFrame(rows, columns=names)
 
 # %% ../nbs/07_stats.ipynb #8757db3c
+def ended_first(
+    runs:pandas.DataFrame,      # with `status`
+)->pandas.DataFrame:            # the same rows
+    "Runs with a result before others, or one that was cut would hide it where one of several is taken"
+    return runs.sort_values('status', key=lambda status: ~status.isin(RESULTS), kind='stable')
+
 def arm(
     group:pandas.DataFrame,     # comparable runs
     norm:str,                   # scheme
 )->pandas.DataFrame:            # one per seed, diverged ones too; empty where there is none
     "The runs that stand for a scheme, at one init and one learning rate"
-    mine = group[group.norm == norm].sort_values('status', key=lambda status: ~status.isin(['finished', 'diverged']), kind='stable')  # a cut run hides no other
-    mine = mine.drop_duplicates(['init', 'lr', 'seed']).sort_index()
+    mine = ended_first(group[group.norm == norm]).drop_duplicates(['init', 'lr', 'seed']).sort_index()
     own = mine.init == 'norm_preserving'
-    if (own & mine.status.isin(['finished', 'diverged'])).any(): mine = mine[own]
+    if (own & mine.status.isin(RESULTS)).any(): mine = mine[own]
     cell = mine.groupby(['init', 'lr'], dropna=False).ngroup()
     score = mine.top1.where(ended_well(mine)).groupby(cell).agg(['count', 'sum']).sort_values(['count', 'sum'])
     return mine[cell == score.index[-1]] if len(score) else mine
@@ -281,7 +286,7 @@ def place(
     where = f"{setting['arch']} on {setting['data']} at {side} px, {epochs} epochs, recipe {setting['recipe']}"
     named = ('train_images', 'holdout', 'max_steps', 'dropout', 'weight_decay', 'grad_clip')
     usual = RECIPES.get(setting['recipe'], {})
-    where += ''.join(f', {name} {setting[name]}' for name in FIXED if name not in ('epochs', *named) and setting[name] not in (None, usual.get(name)))
+    where += ''.join(f', {name} {setting[name]}' for name in FIXED if name != 'epochs' and setting[name] not in (None, usual.get(name)))
     where += ''.join(f', {name} {setting[name]:g}' for name in named if setting[name])
     if kind_of(setting) == 'claim': return where
     size = setting['image_size'] or 224  # None = unknown
@@ -644,7 +649,7 @@ def lr_limits(
     runs:pandas.DataFrame,      # of one scheme at one init, comparable
 )->pandas.DataFrame:            # per seed with two or more lr: `seed`, `below` (0 = all diverged), `above` (inf = none did)
     "The largest lr that did not diverge, and the smallest above it that did"
-    ended = runs[runs.status.isin(['finished', 'diverged']) & (runs.lr > 0)]
+    ended = runs[runs.status.isin(RESULTS) & (runs.lr > 0)]
     seed, lr = ended.seed, ended.lr
     below = lr.where(ended.status == 'finished').groupby(seed).max().fillna(0.)
     above = lr.where((ended.status == 'diverged') & (lr > seed.map(below))).groupby(seed).min().fillna(math.inf)
@@ -779,7 +784,7 @@ def decide_c6(key, runs, folder=None):
     gaps = {norm: log_gap(judged['bn'], judged[norm]) for norm in judged if norm != 'bn'}
     rulings = {ruling(gap) for gap in gaps.values()}
     own = group.init == group.norm.map({norm: ladder.init.iloc[0] for norm, ladder in judged.items()})
-    ended = group[own & group.status.isin(['finished', 'diverged'])]
+    ended = group[own & group.status.isin(RESULTS)]
     said, rows, used = beside(runs, setting, judged)
     why = f"{'; '.join(f'{norm} (init {judged[norm].init.iloc[0]}): {how_much(gap)}' for norm, gap in gaps.items())}; {(ended.status == 'diverged').sum()} of {len(ended)} runs diverged{said}"
     verdict = rulings.pop() if len(rulings) == 1 else 'undecided'

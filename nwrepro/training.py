@@ -39,7 +39,7 @@ from .passes import Kernel
 from .processes import Onlooker, alike, by_all, divide, first_line, from_first, lost, make_accelerator, meet, merge_statistics, running, together, torchrun, tracked, wrapped
 from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, rounded, weight_lengths
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
-from .runs import Record, Run, provenance, read_metrics, run_name, write_atomic
+from .runs import RESULTS, Record, Run, provenance, read_metrics, run_name, write_atomic
 from .surgery import check_resnet, convert, parameter_roles
 from .survival import Interrupted, Requests, begun_with, caught, changes, drop_states, hold, interrupts, load_state, plainly, release, save_state, stop_if
 
@@ -468,7 +468,7 @@ def fit(
     watch=lambda run: None,     # called with the run after each evaluation and every 15 s, to draw
 )->dict:                        # summary
     "Train, record and evaluate; a finished run is not trained again, a cut one goes on"
-    if run.status in ('finished', 'diverged'): return run.summary
+    if run.status in RESULTS: return run.summary
     try:
         with plainly(run), interrupts() as asked:
             state = start(model, recipe, views, run, micro_batch, workers, eval_every, checkpoint_steps, checkpoint_minutes)
@@ -529,7 +529,7 @@ def begin_run(
     values = check_parameters(given)
     divide(recipe, int(os.environ.get('WORLD_SIZE', values['processes'])), values['micro_batch'])
     run, fresh = Run(run_name(asdict(recipe)), folder, Path(folder)/'checkpoints' if folder else None), values['fresh']
-    def over(): return run.status in ('finished', 'diverged') and not fresh
+    def over(): return run.status in RESULTS and not fresh
     if over():
         if not values['accept_changes']: same_images(run, source)
         return run
@@ -572,7 +572,7 @@ def fit_on_many(
     watch=lambda run: None,  # called with the run after each line
 )->dict:                     # summary
     "The same run in several processes of this machine; Interrupted with the command that goes on, ChildProcessError with what went wrong"
-    if run.status in ('finished', 'diverged'): return run.summary
+    if run.status in RESULTS: return run.summary
     release(run)
     words, line = [word for k, v in given.items() if v is not None and k not in ('processes', 'fresh') for word in (f'--{k}', str(v))], ''
     with torchrun(given['processes'], ['-m', 'nwrepro.training', *words]) as started, caught(('SIGTERM', 'SIGUSR1'), lambda *_: started.send_signal(signal.SIGINT)):
@@ -583,7 +583,7 @@ def fit_on_many(
                     watch(run)
                 break
             except KeyboardInterrupt: started.send_signal(signal.SIGINT)
-    if run.status in ('finished', 'diverged'): return run.summary
+    if run.status in RESULTS: return run.summary
     if run.status == 'interrupted': raise Interrupted(line)
     started.log.seek(0)
     log = started.log.read().strip()
