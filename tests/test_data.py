@@ -4,13 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import numpy, pytest, timm.data, torch, torchvision
+import nwrepro.data
 from hypothesis import given, strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from conftest import ROOT
-from nwrepro.data import (NAMES, PIPELINES, Images, Views, balanced, choose, data_folder, fingerprint, holdout, key, kept_random_state,
-                          load_source, loader, order, pipelines, project_root, read_digits, same_classes, set_random_state, unknown)
+from nwrepro.data import (NAMES, PIPELINES, Images, Views, balanced, check_imagenet, choose, data_folder, fingerprint, holdout, key, kept_random_state,
+                          load_source, loader, order, pipelines, project_root, read_digits, resize, same_classes, set_random_state, unknown)
 
 KINDS = pytest.mark.parametrize('kind', PIPELINES)
 DATA = Path(os.environ.get('NWREPRO_DATA') or ROOT/'data')
@@ -395,6 +396,23 @@ def test_shapes(coloured, digits, kind, size):
 
 def test_period_resizes_to_eight_sevenths(coloured):
     assert [pipelines(coloured, size, 'period').prepare(photo()).shape[1] for size in (224, 64, 32)] == [256, 73, 37]
+
+def test_imagenet_is_counted_where_no_class_is_short(tmp_path, monkeypatch):
+    "A thousand classes, of which the least counts are scaled down"
+    for name, n in dict(LEAST=1, EACH=1, TRAIN_IMAGES=1001).items(): monkeypatch.setattr(nwrepro.data, name, n)
+    for split, name in ((split, name) for split in ('train', 'val') for name in timm.data.ImageNetInfo('imagenet-1k').label_names()):
+        (tmp_path/split/name).mkdir(parents=True)
+        (tmp_path/split/name/'0.JPEG').touch()
+    assert check_imagenet(tmp_path) == [f"{tmp_path/'train'} has 1,000 images, not 1,001"]
+    (tmp_path/'train'/name/'1.JPEG').touch()
+    assert check_imagenet(tmp_path) == []
+    (tmp_path/'val'/name/'1.JPEG').touch()
+    assert check_imagenet(tmp_path) == [f"{tmp_path/'val'} has other than 50 images of 1 classes: {name} (2)"]
+
+def test_resizing_is_bicubic_where_it_enlarges_and_bilinear_where_it_shrinks():
+    image = photo()
+    for size, kind in ((180, InterpolationMode.BICUBIC), (30, InterpolationMode.BILINEAR)):
+        assert resize(image, size, size).tobytes() == torchvision.transforms.functional.resize(image, [size, size], kind).tobytes()
 
 def test_modern_is_timms(coloured):
     image, pipeline = photo(200, 150), pipelines(coloured, 64, 'modern')

@@ -1,7 +1,7 @@
 "A network of known accuracy through the pipeline of a run: the command gives what the run has recorded"
 import json, re
 from pathlib import Path
-import timm, torch
+import pytest, timm, torch
 from safetensors.torch import load_file, save_file
 from nwrepro import known
 from nwrepro.data import load_source
@@ -39,3 +39,10 @@ def test_weights_that_are_not_there_or_do_not_fit_are_one_sentence(tmp_path, mon
         assert known.main(['--weights', weights, '--arch', arch, '--data', 'digits']) == 2
         assert sentence in capsys.readouterr().out.splitlines()[-1]
     assert known.main(['--weights', 'ten.pth', '--data', 'digts']) == 2 and "did you mean 'digits'" in capsys.readouterr().out
+
+def test_a_network_that_does_not_fit_the_images_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match='vit_tiny_patch16_224 takes images of 224 px alone'):
+        known.score(timm.create_model('vit_tiny_patch16_224', num_classes=10).eval(), load_source('digits'), 32, 'period')
+    make = timm.create_model
+    monkeypatch.setattr(known.timm, 'create_model', lambda name, pretrained: make(name))  # its weights are not to be had offline
+    with pytest.raises(ValueError, match='resnet18 tells 1000 classes apart, and the data has 10'): known.stock('resnet18', 'resnet50', 10)

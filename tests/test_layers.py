@@ -3,7 +3,7 @@ import copy
 import pytest, torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from nwrepro.layers import GhostBatchNorm2d, NPReLU, TReLU, WNAdd, WNConv2d, WNLinear, wn_weight
+from nwrepro.layers import GhostBatchNorm2d, NPReLU, TReLU, WNAdd, WNConv2d, WNLinear, weight_normalize, wn_weight
 
 CONVS = [dict(kernel_size=1), dict(kernel_size=3, padding=1), dict(kernel_size=3, stride=2, padding=1, groups=2),
          dict(kernel_size=(3, 1), dilation=2, padding='same'), dict(kernel_size=3, padding=1, padding_mode='reflect', bias=False)]
@@ -34,6 +34,11 @@ def agree(new, theirs, x, dtype):
 @pytest.mark.parametrize('kwargs', CONVS, ids=str)
 def test_conv_agrees_with_torch(kwargs, dtype):
     agree(*pair(nn.Conv2d, WNConv2d, 4, 6, dtype=dtype, **kwargs), torch.randn(2, 4, 8, 8, dtype=dtype), dtype)
+
+@pytest.mark.parametrize('kwargs', CONVS, ids=str)
+def test_a_plain_convolution_stays_the_same_function(kwargs):
+    plain, x = nn.Conv2d(4, 6, dtype=torch.float64, **kwargs), torch.randn(2, 4, 8, 8).double()
+    torch.testing.assert_close(weight_normalize(plain)(x), plain(x), rtol=1e-12, atol=1e-12)
 
 @pytest.mark.parametrize('dtype', TOLERANCE, ids=str)
 @pytest.mark.parametrize('bias', (True, False))

@@ -39,6 +39,15 @@ def test_same_images_same_order_same_views(few):
         batches.append([b for epoch in range(2) for b in loader(views, epoch, batch_size=8, workers=epoch)])
     assert all(torch.equal(a, b) for one, other in zip(*batches, strict=True) for a, b in zip(one, other, strict=True))
 
+def test_a_stream_meets_the_classes_mixed_and_each_time_in_the_same_order(few, tmp_path):
+    source, folder = few
+    write_shards(source, tmp_path/'again-wds', shard_mb=0.2)
+    sums = [(place/'SHA256SUMS').read_text() for place in (folder/'few-wds', tmp_path/'again-wds')]
+    assert sums[0] == sums[1]
+    with tarfile.open(folder/'few-wds'/'train-000000.tar') as tar:
+        met = [int(tar.extractfile(member).read()) for member in tar if member.name.endswith('.cls')]
+    assert len(set(met)) == 3 and met != sorted(met)
+
 def test_checksums_are_those_of_sha256sum(few):
     folder = few[1]/'few-wds'
     done = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=folder, capture_output=True, text=True)

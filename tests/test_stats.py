@@ -89,7 +89,10 @@ def test_mcnemar_against_coins(first, second):
     n = first+second
     e = mcnemar(a, b)
     assert e.p == pytest.approx(min(1, 2*sum(math.comb(n, k) for k in range(min(first, second)+1))/2**n))
-    assert (e.n, e.value) == (len(a), pytest.approx(100*(first-second)/len(a))) and e.low < e.value <= e.high
+    assert (e.n, e.value) == (len(a), pytest.approx(100*(first-second)/len(a)))
+    share = scipy.stats.beta.ppf([0.025, 0.975], [first, first+1], [second+1, second])  # Clopper and Pearson's ends are quantiles of two beta distributions
+    low, high = 100*n/len(a)*(2*numpy.where(numpy.isnan(share), [0, 1], share)-1)
+    assert (e.low, e.high) == (pytest.approx(low), pytest.approx(high))
     assert (e.low > 0 or e.high < 0) == (e.p < 0.05)
 
 
@@ -379,6 +382,7 @@ def ladder(norm, *limit, lrs=LRS, **other):
 def test_brackets_of_a_ladder():
     holes = table(runs_of('wn', [90., NAN, NAN, 90.], lr=0.1), runs_of('wn', [NAN, NAN, 90., 90.], lr=0.3), runs_of('wn', [NAN, NAN, NAN, 90.], lr=1.))
     assert lr_limits(holes).values.tolist() == [[0, 0.1, 0.3], [1, 0, 0.1], [2, 0.3, 1.], [3, 1., math.inf]]
+    assert lr_limits(ladder('wn', 0.1, lrs=(0.1, 0.3))).values.tolist() == [[0, 0.1, 0.3]]
     assert lr_limits(runs_of('wn', [90., NAN])).empty and lr_limits(holes.assign(status='interrupted')).empty
 
 
@@ -442,7 +446,7 @@ def test_c9_needs_a_shallow_network_on_cifar10():
     net = dict(data='cifar10', arch='shallow')
     bn, wn = runs_of('bn', [90., 90.3, 90.1], [100., 100., 99.9], **net), runs_of('wn', [91.6, 91.9, 91.5], [100., 99.9, 100.], **net)
     np = runs_of('np', [89.0, 89.2, 89.1], [100., 99.9, 100.], **net)
-    assert [decide('C9', *p).verdict for p in ((bn, wn, np), (bn, np), (bn, wn.assign(train_top1=98.)), (bn[:1], wn[:1]))] == ['supported', 'contradicted', 'undecided', 'undecided']
+    assert [decide('C9', *p).verdict for p in ((bn, wn, np), (bn, np), (bn, wn.assign(train_top1=99.5)), (bn, wn.assign(train_top1=99.4)), (bn[:1], wn[:1]))] == ['supported', 'contradicted', 'supported', 'undecided', 'undecided']
     assert decide('C9', bn, wn).kind == 'analogue'
     assert decide('C9', bn, wn, np.assign(train_top1=60.)).verdict == 'undecided' and decide('C9', bn, wn, np[:1].assign(top1=95.)).verdict == 'supported'
     assert [decide('C9', *(part.assign(**other) for part in (bn, wn))).verdict for other in (dict(arch='resnet18'), dict(data='digits'))] == ['not tested']*2

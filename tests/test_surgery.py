@@ -3,15 +3,15 @@ import copy
 import pytest, timm, torch
 from safetensors.torch import load, save
 from torch import nn
-from nwrepro.init import blocks, layer_parts
+from nwrepro.init import blocks, init_norm_preserving, layer_parts
 from nwrepro.layers import NPReLU, WNConv2d, filter_lengths, weight_normalize
 from nwrepro.passes import NPFloor, NPJoin, OnePassTReLU, WNJoin
 from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, fold, keep, no_norm, parameter_roles, strict, to_timm, with_bias
 
-def network(arch, norm, dtype=torch.float32, **kwargs):
+def network(arch, norm, dtype=torch.float32, output_stride=32, **kwargs):
     "A converted network with every parameter and statistic moved off its start"
     torch.manual_seed(0)
-    model = convert(timm.create_model(arch, num_classes=10), norm, **kwargs).to(dtype)
+    model = convert(timm.create_model(arch, num_classes=10, output_stride=output_stride), norm, **kwargs).to(dtype)
     with torch.no_grad():
         for p in model.parameters(): p.mul_(1+0.2*torch.rand_like(p)).add_(0.05*torch.randn_like(p)*p.abs().mean())
     model.train()(torch.randn(8, 3, 64, 64, dtype=dtype))
@@ -31,6 +31,14 @@ def test_fold_keeps_the_logits(arch, norm, dtype):
     assert error(folded(x), model(x)) <= LIMITS[dtype]
     assert not [m for m in folded.modules() if isinstance(m, (nn.BatchNorm2d, WNConv2d))]
     assert all(m.bias is not None for m in folded.modules() if isinstance(m, nn.Conv2d))
+
+@torch.no_grad()
+@pytest.mark.parametrize('norm', SCHEMES)
+def test_fold_keeps_dilated_filters(norm):
+    "A network for segmentation, which keeps its maps large"
+    model, x = network('resnet26', norm, torch.float64, output_stride=8), torch.randn(2, 3, 64, 64).double()
+    assert model.layer4[-1].conv2.dilation == (4, 4)
+    assert error(fold(model)(x), model(x)) <= LIMITS[torch.float64]
 
 @pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
 @pytest.mark.parametrize('norm', SCHEMES)
@@ -174,3 +182,14 @@ def test_branches_start_at_zero_and_come_on_slowly(norm, init, mine, monkeypatch
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     seen.clear(), model(x)
     assert 0 < max(seen) < 0.1
+
+@pytest.mark.parametrize('norm', ('none', 'wn'))
+def test_gains_of_the_norm_preserving_start_by_place(norm):
+    "What Arpit, Campos & Bengio 2019 prescribe for ResNet-50, times out/in: squared gains of squared length"
+    model = convert(timm.create_model('resnet50'), norm)
+    init_norm_preserving(model)
+    def gain(conv): return (filter_lengths(conv.w if norm == 'wn' else conv.weight).square()*conv.out_channels/conv.in_channels).tolist()
+    assert gain(model.conv1) == pytest.approx([2]*64)
+    for stage, size in zip((model.layer1, model.layer2, model.layer3, model.layer4), (3, 4, 6, 3), strict=True):
+        for conv, kappa in ((stage[0].downsample[0], 1), *((conv, kappa) for block in stage for conv, kappa in ((block.conv1, 2), (block.conv2, 2), (block.conv3, 1/size)))):
+            assert gain(conv) == pytest.approx([kappa]*conv.out_channels)

@@ -1,6 +1,7 @@
 "The loop: cut and resumed, run twice, diverging, and what it answers to bad input"
 import json, math, re, signal, subprocess, sys
 import nbformat, pytest, torch
+import nwrepro.training
 from conftest import ROOT
 from safetensors.torch import load_file
 from nwrepro.data import load_source, loader
@@ -11,7 +12,7 @@ from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
 from nwrepro.survival import HELD
 from nwrepro.sweeps import evaluations
-from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, make_model, make_views, recorded, seed_step, start, train_step, trained, what_broke
+from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, main, make_model, make_views, probe, recorded, seed_step, start, train_step, trained, what_broke
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -69,6 +70,19 @@ def test_an_interrupt_saves_the_step_and_says_how_to_go_on(tmp_path):
     assert summary['status'] == 'finished' and summary['steps'] == 10
     _, whole = train(tmp_path/'whole', norm='wn', lr=0.01)
     for name, value in weights(whole).items(): assert value.equal(weights(run)[name]), name
+
+@pytest.mark.parametrize('numbers, code', [([signal.SIGTERM, signal.SIGTERM], 75), ([signal.SIGINT], 75), ([signal.SIGINT, signal.SIGINT], 130)])
+def test_exit_codes_tell_whether_the_step_is_saved(numbers, code, tmp_path, monkeypatch):
+    "A scheduler that asks twice is not impatient"
+    coming = iter(numbers)
+    def watch(run):
+        for number in coming: signal.raise_signal(number)
+    def interrupted(*args, **kwargs): return fit(*args, **kwargs | dict(watch=watch))
+    (tmp_path/'settings.ini').touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nwrepro.training, 'fit', interrupted)
+    assert main([word for k, v in (SMALL | dict(norm='wn', lr=0.01)).items() for word in (f'--{k}', str(v))]) == code
+    assert load_runs(tmp_path/'reports/runs')['status'].tolist() == ['interrupted' if code == 75 else 'started']
 
 def test_an_impatient_interrupt_stops_at_once_and_saves_nothing(tmp_path):
     def watch(run):
@@ -141,6 +155,12 @@ def test_evaluation_agrees_with_a_plain_loop(tmp_path):
     top5 = (logits.topk(5).indices == y[:,None]).any(1).float().mean().item()
     assert (result['top1'], result['top5']) == pytest.approx((100*(logits.argmax(1) == y).float().mean().item(), 100*top5))
     assert [p for _, _, p in rows] == logits.argmax(1).tolist()
+
+def test_a_probe_gives_the_angle_of_a_step():
+    recipe = make_recipe(SMALL | dict(norm='wn', lr=0.01), digits)
+    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
+    length = state.model.conv1.v.flatten(1).norm(dim=1).mean().item()
+    assert probe(state)['angular_lr'][0] == pytest.approx(state.optimizer.param_groups[0]['lr']/length**2, rel=1e-3)
 
 def test_dropout_and_label_smoothing_reach_the_loss():
     recipe = make_recipe(SMALL | dict(norm='wn', recipe='modern', precision='fp32', dropout=0.), digits)
