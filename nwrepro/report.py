@@ -276,7 +276,8 @@ PAGE = '''<!doctype html>
 <h2 id="claims">The claims and their verdicts</h2>
 <p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing.</p>
 <div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>known from</th></tr></thead><tbody>
-{% for c in claims %}<tr><td><a href="#{{ c.key }}">{{ c.key }}</a> {{ c.title }}</td><td><span class="verdict {{ c.verdict }}">{{ c.wording }}</span></td><td>{{ c.why|code }}{% if c.where %}<br><small>{{ c.where|code }}</small>{% endif %}</td><td>{{ c.tag }}</td></tr>{% endfor %}</tbody></table></div>
+{% for c in claims %}<tr><td><a href="#{{ c.key }}">{{ c.key }}</a> {{ c.title }}</td><td><span class="verdict {{ c.verdict }}">{{ c.wording }}</span></td><td>{{ c.why|code }}</td><td>{{ c.tag }}</td></tr>{% endfor %}</tbody></table></div>
+{% if places %}<p>Where the runs of a verdict stand:</p><ul>{% for where, keys in places.items() %}<li>{{ keys|join(', ') }}: {{ where|code }}</li>{% endfor %}</ul>{% endif %}
 {% for c in claims %}{% include 'claim' %}{% endfor %}
 {% for c in extras %}<section aria-labelledby="{{ c.key }}"><h2 id="{{ c.key }}">{{ c.title }}</h2>{% include 'figure' %}</section>{% endfor %}
 <h2 id="settings">Results by setting</h2>
@@ -383,8 +384,9 @@ def write_page(
     place = Path(os.path.relpath(shelf.folder, project_root())).as_posix()
     groups = comparable(runs)
     parts = [claim_part(v, pictures.get(v.key), shown(v, groups), out, place) for v in verdicts]
+    places = {part['where']: [other['key'] for other in parts if other['where'] == part['where']] for part in parts if part['where']}
     extras = [figure_part(key, title, pictures.get(key), commands(of(runs), place), out) for key, (title, _, of) in EXTRAS.items()]
-    page = render(answer=answer(verdicts, runs), claims=parts, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
+    page = render(answer=answer(verdicts, runs), claims=parts, places=places, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
                   settings=settings_part(runs), extras=[part for part in extras if part['figure']], scaling=many, again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
     write_atomic(out/'index.html', page)
     return out/'index.html'

@@ -175,7 +175,8 @@ def test_an_analogue_never_has_the_wording_of_a_claim(made):
     assert ('analogue', 'agrees in direction (analogue)') in verdicts
     assert not {'supported', 'contradicted'} & {word for pair in verdicts for word in pair}
     tested = [v for v in judge(runs, made[0]) if v.verdict != 'not tested']
-    assert made[1].read_text().count(', not the claim itself') == 2*len(tested)  # once in the table of claims, once in the claim's section
+    assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where for v in tested})  # in the claim's section, and under the table once for all that stand there
+    for where in {v.where for v in tested}: assert f"<li>{', '.join(v.key for v in tested if v.where == where)}: {where}.</li>" in made[1].read_text()
 
 def test_a_page_shows_how_the_rates_were_chosen(tmp_path):
     runs = [make(tmp_path/'runs', lr=lr, holdout=0.2, epochs=epochs, top1=50-100*lr) for lr, epochs in ((0.1, 2), (0.2, 2), (0.4, 2), (0.1, 4), (0.2, 4))]
