@@ -1,5 +1,5 @@
 "One run on several processes: torchrun, real processes, gloo"
-import json, os, re, shutil, signal, socket, subprocess, sys, time
+import json, os, re, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 import numpy, pytest, torch
 from safetensors.torch import load_file
@@ -107,12 +107,15 @@ def test_two_processes_are_the_same_run(project):
 
 LONGER = SMALL | dict(norm='wn', precision='fp64', epochs=2, train_images=256, eval_every=2)
 
-def until(process, words):
-    "Read lines until one holds these words"
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if words in line: return lines
+def until(process, words, seconds=240):
+    "Read lines until one holds these words; a process that takes longer is ended, as by a scheduler"
+    late, lines = threading.Timer(seconds, process.terminate), []
+    late.start()
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if words in line: return lines
+    finally: late.cancel()
     raise AssertionError(''.join(lines)+process.stderr.read())
 
 def run_of(folder): return next((folder/'reports/runs').iterdir())
