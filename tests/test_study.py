@@ -1,7 +1,7 @@
 "The first study: what its page says by hand is what its records hold"
 import pandas, pytest
 from conftest import ROOT
-from nwrepro.runs import load_runs
+from nwrepro.runs import load_runs, read_metrics
 from nwrepro.stats import judge, welch
 
 FOLDER = ROOT/'reports/study'
@@ -44,7 +44,17 @@ def test_factors_between_largest_rates_are_those_of_the_records(conditions, sche
     def forms(x): return {f'{x:{form}}' for form in ('.0f', '.1f', '.2f', '.2g')}
     assert any(words.format(f'{a} to {b}') in page for a in forms(low) for b in forms(high)), (low, high)
 
+def test_accuracies_of_resnet50_are_those_of_the_records(page):
+    deep = load_runs(FOLDER).query("arch == 'resnet50'")
+    part = page[page.index('* **ResNet-50'):page.index('* **Training')]
+    assert len(deep) == 6 and all(f'{top1:.1f}' in part for top1 in deep['top1'])
+    assert f"the accuracy part 27 and {deep['wall_s'].sum()/3600:.0f} more for ResNet-50" in page
+    def head(run): return next(line for line in read_metrics(FOLDER/run/'metrics.jsonl') if line['event'] == 'probe')['outputs']['rms'][-1]
+    even = load_runs(FOLDER).query("norm == 'trelu' and init == 'even' and seed == 0 and epochs == 60 and holdout == 0")
+    heads = {arch: head(run) for arch, run in zip(even['arch'], even['run'], strict=True)}
+    assert f"a size of {heads['resnet50']:.2g}, a twelfth of" in page and round(heads['resnet26']/heads['resnet50']) == 12
+
 def test_hours_are_those_of_the_records(runs, page):
     part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search' for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]
     hours = {name: f'{seconds/3600:.0f}' for name, seconds in runs.groupby(part)['wall_s'].sum().items()}
-    assert 'the search took {search} hours, the accuracy part {accuracy} (ResNet-50 aside), the stability part {stability} '.format(**hours) in page
+    assert 'the search took {search} hours, the accuracy part {accuracy} and 7 more for ResNet-50, the stability part {stability} '.format(**hours) in page
