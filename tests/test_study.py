@@ -38,7 +38,7 @@ def test_accuracies_are_those_of_the_records(start, runs, page):
 
 @pytest.mark.parametrize('conditions, schemes, words', [
     ('', 'bn / wn', 'survives {} times its rate'), (', init torch', 'bn / wn', "{} times from torch's"), (', init data', 'bn / wn', '{} times from the data-dependent one'),
-    ('', 'bn / np', '{} times the rate of `np`'), ('', 'bn / trelu', '{} times that of `trelu`'), ('', 'bn / none', '{} times that of `none`'), (', init torch', 'bn / none', "of the last from torch's start {} times")])
+    ('', 'bn / np', '{} times the rate of `np`'), ('', 'bn / trelu', '{} times that of `trelu`'), (', init even', 'bn / trelu', '({} from `even`)'), ('', 'bn / none', '{} times that of `none`'), (', init torch', 'bn / none', "of the last from torch's start {} times")])
 def test_factors_between_largest_rates_are_those_of_the_records(conditions, schemes, words, numbers, page):
     low, high = numbers['C6'].set_index(['what', 'scheme']).loc[(f'factor between the limits{conditions}', schemes), ['low', 'high']]
     def forms(x): return {f'{x:{form}}' for form in ('.0f', '.1f', '.2f', '.2g')}
