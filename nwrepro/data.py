@@ -335,7 +335,7 @@ def check_imagenet(
         if lost := [name for name in known if name not in counts]: defects.append(f'{shown(home)} lacks {len(lost):,} of 1,000 classes: {some(lost)}')
         if odd := sorted(set(counts)-set(known)): defects.append(f'{shown(home)} has folders that are no class of ILSVRC2012: {some(odd)}')
         few = [f'{name} ({n})' for name, n in sorted(counts.items()) if name in known and (n < LEAST if split == 'train' else n != EACH)]
-        if few: defects.append(f"{shown(home)} has {'fewer than 732' if split == 'train' else 'other than 50'} images of {len(few):,} classes: {some(few)}")
+        if few: defects.append(f"{shown(home)} has {f'fewer than {LEAST}' if split == 'train' else f'other than {EACH}'} images of {len(few):,} classes: {some(few)}")
         elif split == 'train' and not lost and total != TRAIN_IMAGES: defects.append(f'{shown(home)} has {total:,} images, not {TRAIN_IMAGES:,}')
     return defects
 

@@ -467,7 +467,6 @@ def whole_start(
     "All that a run began with: init, branches, and warm-up and clipping where they are not those of most"
     return (start_of(runs)+', '+conditions(runs)).str.removesuffix(', ')
 
-
 # %% ../nbs/08_figures.ipynb #st4r7008
 def whole_runs(
     runs:pandas.DataFrame,  # as `load_runs` gives it

@@ -407,7 +407,7 @@ def test_imagenet_is_counted_where_no_class_is_short(tmp_path, monkeypatch):
     (tmp_path/'train'/name/'1.JPEG').touch()
     assert check_imagenet(tmp_path) == []
     (tmp_path/'val'/name/'1.JPEG').touch()
-    assert check_imagenet(tmp_path) == [f"{tmp_path/'val'} has other than 50 images of 1 classes: {name} (2)"]
+    assert check_imagenet(tmp_path) == [f"{tmp_path/'val'} has other than 1 images of 1 classes: {name} (2)"]
 
 def test_resizing_is_bicubic_where_it_enlarges_and_bilinear_where_it_shrinks():
     image = photo()

@@ -107,9 +107,9 @@ def test_two_processes_are_the_same_run(project):
 
 LONGER = SMALL | dict(norm='wn', precision='fp64', epochs=2, train_images=256, eval_every=2)
 
-def until(process, words, seconds=240):
-    "Read lines until one holds these words; a process that takes longer is ended, as by a scheduler"
-    late, lines = threading.Timer(seconds, process.terminate), []
+def until(process, words):
+    "Read lines until one holds these words; a process that takes longer than four minutes is ended, as by a scheduler"
+    late, lines = threading.Timer(240, process.terminate), []
     late.start()
     try:
         for line in process.stdout:
