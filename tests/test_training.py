@@ -183,19 +183,26 @@ def test_parts_of_a_batch_drop_other_units_and_a_step_done_again_the_same():
     state.step += 1
     assert not first.equal(drawn(0))
 
-def test_a_step_is_plain_sgd(tmp_path):
-    "One step of the loop against a few lines of torch"
+def test_steps_are_those_of_plain_sgd(tmp_path):
+    "Two steps of the loop against a few lines of torch"
     recipe = make_recipe(SMALL | dict(norm='none', lr=0.1, dropout=0., grad_clip=0.5, weight_decay=0.01), digits)
     views = make_views(recipe, digits)
-    x, y, _ = next(iter(loader(views.train, batch_size=20)))
-    state = start(make_model(recipe, 10), recipe, views, None)
-    train_step(state, x, y)
-    model = make_model(recipe, 10).train()
-    torch.nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), y).backward()
-    length = torch.sqrt(sum(p.grad.pow(2).sum() for p in model.parameters()))
-    for p, trained in zip(model.parameters(), state.model.parameters(), strict=True):
-        wanted = p - 0.1*(p.grad*min(1, 0.5/length) + 0.01*p)
-        torch.testing.assert_close(trained, wanted, rtol=1e-4, atol=1e-6)
+    state, model = start(make_model(recipe, 10), recipe, views, None), make_model(recipe, 10).train()
+    momenta = [torch.zeros_like(p) for p in model.parameters()]
+    for k, (x, y, _) in zip(range(2), loader(views.train, batch_size=20)):
+        train_step(state, x, y)
+        rate = 0.1*(1-k/10)**2
+        loss = torch.nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), y)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        length = torch.sqrt(sum(g.pow(2).sum() for g in gradients))
+        with torch.no_grad():
+            for p, g, m in zip(model.parameters(), gradients, momenta, strict=True): p -= rate*m.mul_(0.9).add_(g*min(1, 0.5/length) + 0.01*p)
+        for p, trained in zip(model.parameters(), state.model.parameters(), strict=True): torch.testing.assert_close(trained, p, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('recipe, eps', [('paper', 1e-4), ('modern', 1e-5)])
+def test_the_floor_of_the_variance_is_that_of_the_recipe(recipe, eps):
+    model = make_model(make_recipe(SMALL | dict(norm='bn', recipe=recipe), digits), 10)
+    assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {eps}
 
 def test_a_run_before_does_not_decide_how_this_one_computes(monkeypatch):
     "The first weights are written as all others are, whatever another run of this process had compiled"
