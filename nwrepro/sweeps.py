@@ -8,7 +8,7 @@ __all__ = ['OWN', 'Point', 'ALIKE', 'STOPPED', 'Job', 'Outcome', 'FACTORS', 'SHO
            'steps_done', 'evaluations', 'paces', 'seconds_left', 'together', 'in_words', 'overview', 'stop_with_parent',
            'in_palette', 'lighten', 'execute', 'main', 'asked', 'threads_for', 'start', 'launch', 'complaint',
            'run_points', 'wait_for_one', 'sweep', 'preview', 'raise_failed', 'shortened', 'setting', 'scores', 'best',
-           'tuning', 'write_tuned', 'middle', 'narrowed', 'check_probe', 'bisection', 'survivors']
+           'tuning', 'untried', 'write_tuned', 'middle', 'narrowed', 'check_probe', 'bisection', 'survivors']
 
 # %% ../nbs/06_sweeps.ipynb #56f6d098
 import base64, io, itertools, json, math, os, signal, subprocess, sys, tempfile, threading, time
@@ -422,10 +422,19 @@ def tuning(
     yield short
     yield plan([run for p in whole for run in shortened(p, THIRD, best(short, p.recipe, 2))], shown=('epochs', 'lr'))
 
+# %% ../nbs/06_sweeps.ipynb #b41d7c90
+def untried(
+    points:list[Point], # of a tuning
+    row:dict,           # the names in `TUNED_BY` and `lr`, the best rate of that setting
+)->str:
+    "On which side of the best rate none was tried: smaller, larger, or neither (empty)"
+    rates = [p.recipe.lr for p in points if setting(p.recipe).items() <= row.items()]
+    return 'smaller' if row['lr'] == min(rates) else 'larger' if row['lr'] == max(rates) else ''
+
 # %% ../nbs/06_sweeps.ipynb #e33eb38c
 def write_tuned(
     points:list[Point], # of a tuning, all over
-)->pandas.DataFrame:    # the rows that were written
+)->pandas.DataFrame:    # the rows that were written, and in `try_next` 'smaller' or 'larger' where no rate beyond the best was tried
     "Put the best rate of each setting into `reports/tuned_lr.csv`, in place of an older one; ValueError where no rate of a setting ended"
     found = scores(points).drop_duplicates(list(TUNED_BY)).assign(date=datetime.now(timezone.utc).date().isoformat())
     found = found[[*TUNED_BY, 'epochs', 'lr', 'top1', 'n', 'runs', 'date']].round(dict(top1=2))
@@ -436,7 +445,7 @@ def write_tuned(
     writer.writerows(row for _, row in sorted(rows.items()))
     write_atomic(project_root()/'reports'/'tuned_lr.csv', text.getvalue())
     if len(lost): raise ValueError(f"every rate diverged for {' and '.join(f'{norm} from {init}' for norm, init in zip(lost['norm'], lost['init']))}, so there is none to keep: give smaller ones, as lr = [0.0001, 0.001]")
-    return found
+    return found.assign(try_next=[untried(points, row) for row in found.to_dict('records')])
 
 # %% ../nbs/06_sweeps.ipynb #0be7ac75
 PROBES, BOUNDS, PROBE_STEPS = 6, [1e-3, 10.], 100

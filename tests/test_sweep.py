@@ -183,6 +183,13 @@ def test_a_setting_whose_every_rate_diverged_gets_no_row(elsewhere):
     with pytest.raises(ValueError, match='^every rate diverged for wn from norm_preserving, so there is none to keep: give smaller ones'): write_tuned(points)
     assert [row['norm'] for row in tuned_table()] == ['bn']
 
+@pytest.mark.parametrize('best, side', [(0.1, 'smaller'), (0.2, ''), (0.4, 'larger')])
+def test_a_best_rate_at_the_end_of_those_tried_says_where_to_go_on(best, side, elsewhere):
+    points = plan(expand(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2, 0.4], holdout=0.1)))
+    for point in points: pretend(point, top1=60. if point.recipe.lr == (best if point.recipe.norm == 'wn' else 0.2) else 50.)
+    assert write_tuned(points).set_index('norm')['try_next'].to_dict() == dict(bn='', wn=side)
+    assert 'try_next' not in tuned_table()[0]
+
 @pytest.mark.parametrize('given, processes, threads', [('3', 2, '3'), (None, 1, 2), (None, 2, 1), (None, 5, 1)])
 def test_threads_are_those_of_the_environment_or_a_share_of_the_cores(given, processes, threads, elsewhere, monkeypatch):
     class Launched(Exception): pass
