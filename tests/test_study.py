@@ -1,4 +1,5 @@
 "The first study: what its page says by hand is what its records hold"
+import csv
 import pandas, pytest
 from conftest import ROOT
 from nwrepro.runs import load_runs, read_metrics
@@ -41,6 +42,16 @@ def test_gaps_are_those_of_the_records(one, other, what, runs, page):
 def test_accuracies_are_those_of_the_records(start, runs, page):
     first, *more, last = (f'{value:.1f}' for value in of(runs, 'top1', start))
     assert f"{', '.join([first, *more])} and {last} %" in page
+
+def test_the_search_from_the_data_dependent_start_came_out_as_told(runs, page):
+    tried = runs[(runs['norm'] == 'wn') & (runs['holdout'] > 0) & runs['max_steps'].isna() & ~runs['zero_init']]
+    def scored(init, lr, epochs): return f"{tried[(tried[['init', 'lr', 'epochs']] == [init, lr, epochs]).all(axis=1)]['top1'].item():.1f}"
+    rows = {row['init']: float(row['lr']) for row in csv.DictReader((ROOT/'reports/tuned_lr.csv').open()) if row['norm'] == 'wn'}
+    data, torch, own = (scored(init, rows[init], 20) for init in ('data', 'torch', 'norm_preserving'))
+    assert f"{rows['data']:g} was chosen: {data} % after 20 epochs, where torch's start has {torch} at its own rate and the norm-preserving one {own}" in page
+    assert f"At 0.0125 and 0.025 it is at {scored('data', 0.0125, 5)} and {scored('data', 0.025, 5)} % after 5 epochs" in page
+    lost = tried[(tried['init'] == 'data') & (tried['status'] == 'diverged')]
+    assert lost['lr'].min() == 0.05 and lost['diverged_step'].max() == 5 and set(tried[(tried['init'] == 'data') & (tried['lr'] > 0.025)]['status']) == {'diverged'}
 
 @pytest.mark.parametrize('conditions, schemes, words', [
     ('', 'bn / wn', 'survives {} times its rate'), (', init torch', 'bn / wn', "{} times from torch's"), (', init data', 'bn / wn', '{} times from the data-dependent one'),
