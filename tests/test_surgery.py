@@ -47,9 +47,8 @@ def test_fold_keeps_the_memory_format(norm, layout):
     assert all(m.weight.is_contiguous(memory_format=layout) for m in folded.modules() if isinstance(m, nn.Conv2d))
 
 @torch.no_grad()
-@pytest.mark.parametrize('dtype', LIMITS, ids=str)
 @pytest.mark.parametrize('norm', ('bn', 'none', 'wn'))
-@pytest.mark.parametrize('arch', ('resnet18', 'resnet50'))
+@pytest.mark.parametrize('arch, dtype', [('resnet18', torch.float64), ('resnet50', torch.float32)], ids=str)
 def test_stock_timm_loads_what_to_timm_writes(arch, norm, dtype):
     model, x = network(arch, norm, dtype, bn_eps=1e-4), torch.randn(4, 3, 64, 64, dtype=dtype)
     stock = timm.create_model(arch, num_classes=10).to(dtype)
