@@ -405,12 +405,13 @@ def rate_panels(
 )->Figure:
     "Accuracy by learning rate, a panel per scheme"
     schemes, longest = list(numbers['scheme'].unique()), numbers['epochs'].max()
+    headroom = 1.2+0.1*numbers.groupby('scheme')['start'].nunique().max()  # for the legends
     rows, columns = math.ceil(len(schemes)/3), min(3, len(schemes))
     fig, axs = plt.subplots(rows, columns, figsize=(3*columns+0.5, 3*rows+0.3), layout='constrained', sharex=True, sharey=True, squeeze=False)
     for ax in axs.flat[len(schemes):]: ax.set_axis_off()
     for ax, norm in zip(axs.flat, schemes):
         mine = numbers[numbers['scheme'] == norm]
-        styles = dict(zip(sorted(mine['start'].unique()), itertools.cycle(('-', '--', ':'))))
+        styles = dict(zip(sorted(mine['start'].unique()), itertools.cycle(('-', '--', ':', '-.'))))
         for (start, epochs), own in mine.groupby(['start', 'epochs'], sort=False):
             how = dict(ms=8, mfc='none') if epochs == longest and numbers['epochs'].nunique() > 1 else dict(ms=4)
             named = start in ax.get_legend_handles_labels()[1]
@@ -419,9 +420,9 @@ def rate_panels(
             ax.plot(lost['lr'], [0]*len(lost), 'kx')
         for (scheme, start), lr in chosen.items():
             if scheme == norm and start in styles: ax.axvline(lr, color='0.7', ls=styles[start], zorder=0)
-        ax.set(title=norm, xlabel='learning rate', ylim=(-3, 1.4*(numbers['top1'].fillna(0).max() or 70)))
+        ax.set(title=norm, xlabel='learning rate', ylim=(-3, headroom*(numbers['top1'].fillna(0).max() or 70)))
         ax.xaxis.set_tick_params(labelbottom=True)
-        ax.legend(fontsize=7, loc='upper left')
+        ax.legend(fontsize=7, loc='upper left', handlelength=3)
     fig.supylabel('top-1 on images held out, percent', fontsize='medium')
     plt.close(fig)
     return fig

@@ -94,6 +94,11 @@ def test_ci_runs_the_commands_of_the_readme_as_they_stand():
     commands = re.findall(r'^pip install .*', readme, re.M)
     assert len(commands) == 2 and all(f'step "{c}"' in ci for c in commands), commands
 
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['06_roofline', '06_sweeps'])
+def test_a_lesson_runs_to_its_end_with_its_slow_cells(project, name):
+    ok(run_in(project, 'nbdev_test', '--path', f'nbs/{name}.ipynb', '--flags', 'slow'))
+
 # what must not be committed
 
 def test_no_notebook_holds_an_error():
