@@ -20,6 +20,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas, torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from .recipe import tuned_table
 from .runs import RESULTS, Record
 from .stats import ASIDE, MEASURED, arm, comparable, cost_records, ended_first, gains, is_whole, kind_of, mean_interval, place_in_block, step_ratio
@@ -421,7 +422,8 @@ def rate_panels(
         for (scheme, start), lr in chosen.items():
             if scheme == norm and start in styles: ax.axvline(lr, color='0.7', ls=styles[start], zorder=0)
         ax.set(title=norm, xlabel='learning rate', ylim=(-3, headroom*(numbers['top1'].fillna(0).max() or 70)))
-        ax.xaxis.set_tick_params(labelbottom=True)
+        ax.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter='{x:g}', minor_formatter='')
+        ax.xaxis.set_tick_params(labelbottom=True, labelsize=7)
         ax.legend(fontsize=7, loc='upper left', handlelength=3)
     fig.supylabel('top-1 on images held out, percent', fontsize='medium')
     plt.close(fig)
