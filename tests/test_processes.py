@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy, pytest, torch
 from safetensors.torch import load_file
 from nwrepro.runs import read_metrics
+from nwrepro.surgery import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(data='digits', arch='resnet18', image_size=16, train_images=640, batch_size=64, warmup_epochs=1, lr=0.01, compile='off')
@@ -79,8 +80,8 @@ def test_processes_and_micro_batches_make_the_same_steps(project):
     compared(project, ('bn', 'trelu'), 4, 2, micro=True, batch_size=32, bn_batch=8)
 
 @pytest.mark.slow
-def test_steps_of_the_other_schemes_and_of_four_processes(project):
-    compared(project, ('none', 'wn', 'np'), 4, 2)
+def test_steps_of_every_scheme(project):
+    compared(project, SCHEMES, 4, 2)
     compared(project, ('bn', 'wn'), 2, 4, bn_batch=16)
 
 def test_first_gradients_in_single_precision(project):

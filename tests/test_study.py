@@ -1,7 +1,7 @@
 "The first study: what its page says by hand is what its records hold"
-import csv
 import pandas, pytest
 from conftest import ROOT
+from nwrepro.recipe import tuned_table
 from nwrepro.runs import load_runs, read_metrics
 from nwrepro.stats import judge, welch
 
@@ -46,7 +46,7 @@ def test_accuracies_are_those_of_the_records(start, runs, page):
 def test_the_search_from_the_data_dependent_start_came_out_as_told(runs, page):
     tried = runs[(runs['norm'] == 'wn') & (runs['holdout'] > 0) & runs['max_steps'].isna() & ~runs['zero_init']]
     def scored(init, lr, epochs): return f"{tried[(tried[['init', 'lr', 'epochs']] == [init, lr, epochs]).all(axis=1)]['top1'].item():.1f}"
-    rows = {row['init']: float(row['lr']) for row in csv.DictReader((ROOT/'reports/tuned_lr.csv').open()) if row['norm'] == 'wn'}
+    rows = {row['init']: float(row['lr']) for row in tuned_table() if row['norm'] == 'wn'}
     data, torch, own = (scored(init, rows[init], 20) for init in ('data', 'torch', 'norm_preserving'))
     assert f"{rows['data']:g} was chosen: {data} % after 20 epochs, where torch's start has {torch} at its own rate and the norm-preserving one {own}" in page
     assert f"At 0.0125 and 0.025 it is at {scored('data', 0.0125, 5)} and {scored('data', 0.025, 5)} % after 5 epochs" in page

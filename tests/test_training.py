@@ -183,7 +183,7 @@ def test_parts_of_a_batch_drop_other_units_and_a_step_done_again_the_same():
     state.step += 1
     assert not first.equal(drawn(0))
 
-def test_steps_are_those_of_plain_sgd(tmp_path):
+def test_steps_are_those_of_plain_sgd():
     "Two steps of the loop against a few lines of torch"
     recipe = make_recipe(SMALL | dict(norm='none', lr=0.1, dropout=0., grad_clip=0.5, weight_decay=0.01), digits)
     views = make_views(recipe, digits)
