@@ -83,8 +83,8 @@ PASSES = dict(
     none=_STEP | dict(bias=True),
     bn=_STEP | dict(norm=dict(cpu=(3, 1, 4, 1), cuda=(2, 1, 4, 1))),
     wn=_STEP | _READY | dict(bias=True),
-    np=_STEP | _READY | dict(bias=True, join=(3, 2, 3, 2)),
-    trelu=_STEP | _READY | dict(translates=True, join=(3, 2, 3, 2), gain=(1, 1, 3, 1)),
+    np=_STEP | _READY | dict(bias=True, join=(2, 1, 2, 2), join_down=(2, 1, 2, 1)),
+    trelu=_STEP | _READY | dict(translates=True, join=(2, 1, 3, 2), join_down=(2, 1, 2, 1), gain=(1, 1, 3, 2)),
     torch_wn=_STEP | dict(bias=True, weights=(3, 1, 3, 1)),
 )
 BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added inside it on a CPU, after it by cuDNN

@@ -20,7 +20,7 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models.resnet import ResNet
 from .init import INITS, blocks, zero_last
 from .layers import GhostBatchNorm2d, WNConv2d, weight_normalize
-from .passes import AT_JOIN, NPFloor, NPJoin, OnePassTReLU, WNJoin, scale_output
+from .passes import AT_JOIN, BranchConv2d, NPFloor, NPJoin, OnePassTReLU, WNJoin, scale_output
 
 # %% ../nbs/02_surgery.ipynb #8e932a92
 def keep(
@@ -69,7 +69,7 @@ def strict(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Module:        # unit-length filters, no bias
     "Strictly weight-normalised convolution, Xiang & Li 2017"
-    return weight_normalize(conv, affine=False)
+    return weight_normalize(conv, affine=False, conv=BranchConv2d)
 
 # %% ../nbs/02_surgery.ipynb #7fb971c4
 @dataclass(frozen=True)
