@@ -77,6 +77,12 @@ def test_the_benchmarks_of_the_loop(project, bench):
     assert done.stdout.startswith('none, resnet18 on digits, 16 px, batch 4')
 
 @pytest.mark.slow
+def test_one_process_under_torchrun_against_none(project):
+    done = run_in(project, 'python', 'tools/bench_torchrun.py', *'8 --norm none --data digits --arch resnet18 --image_size 16 --batch_size 4 --bn_batch 4'.split())
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r'alone [\d.]+ images/s, torchrun [\d.]+ images/s\ntime under torchrun / alone \d\.\d{4} \(95 %: [\d.]+ to [\d.]+\), quartiles [\d.]+ to [\d.]+, 8 turns of 2 steps\n', done.stdout), done.stdout
+
+@pytest.mark.slow
 @pytest.mark.parametrize('norm', ('bn', 'wn'))
 def test_scores_taken_four_ways(project, norm):
     trained = run_in(project, 'python', '-m', 'nwrepro.training', *f'--norm {norm} --data digits --arch resnet18 --image_size 16 --train_images 100 --batch_size 20 --bn_batch 10 --epochs 3'.split())

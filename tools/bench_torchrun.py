@@ -1,15 +1,15 @@
-"""What one process under torchrun costs against none: python tools/bench_torchrun.py [parameters as python -m nwrepro.training takes them]
+"""What one process under torchrun costs against none: python tools/bench_torchrun.py [TURNS] [parameters as python -m nwrepro.training takes them]
 
-The same run stands ready twice, alone and under `torchrun --nproc-per-node 1`. The two train in turn, two steps at a time, while the other waits (torchrun
+The same run stands ready twice, alone and under `torchrun --nproc-per-node 1`. They train in TURNS (200, at least 6), two steps at a time, while the other waits (torchrun
 itself is halted), so that a slow minute of the machine meets both. Printed are the images per second of each and the ratio of their times in the same turn: median,
-quartiles, and the interval that holds the median in 95 of 100 such measurements. The default is `bn`, ResNet-50, on the digits."""
+quartiles, and the interval that holds the median in 95 of 100 such measurements. The default is that of a run."""
 import os, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from scipy.stats import binom
 from nwrepro.recipe import make_recipe
 from nwrepro.training import begin_run, make_model, parser, prepare, start, steps_of_epoch
 
-STEPS, WARM, TURNS = 2, 3, 200
+STEPS, WARM = 2, 3
 
 def stand_ready(words):
     "The process that trains: a piece of the run for each line on stdin, and its seconds on stdout"
@@ -23,7 +23,8 @@ def stand_ready(words):
             while state.step < end: steps_of_epoch(state, end, lambda line: None)
             print(time.perf_counter()-begin, flush=True)
 
-def main(words):
+def main(turns, words):
+    if turns < 6: raise SystemExit(f'TURNS = {turns} leave no room for an interval: give at least 6')
     env = os.environ | dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS') or str(len(os.sched_getaffinity(0))))  # torchrun would give each process one thread
     ways = dict(alone=[], torchrun=['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1'])
     command = lambda way: [sys.executable, *ways[way], __file__, 'stand ready', *words]
@@ -37,7 +38,7 @@ def main(words):
         seconds = float(process.stdout.readline())
         if way == 'torchrun': process.send_signal(signal.SIGSTOP)
         return seconds
-    found = [{way: turn(way) for way in list(ways)[::-1 if k % 2 else 1]} for k in range(WARM+TURNS)][WARM:]
+    found = [{way: turn(way) for way in list(ways)[::-1 if k % 2 else 1]} for k in range(WARM+turns)][WARM:]
     for process in started.values():
         process.send_signal(signal.SIGCONT)
         process.stdin.close()
@@ -45,7 +46,10 @@ def main(words):
     ratios = sorted(seconds['torchrun']/seconds['alone'] for seconds in found)
     print(', '.join(f'{way} {images[way]/statistics.median(seconds[way] for seconds in found):.1f} images/s' for way in ways))
     low, middle, high = statistics.quantiles(ratios, n=4)
-    rank = int(binom.ppf(0.025, TURNS, 0.5))
-    print(f'time under torchrun / alone {middle:.4f} (95 %: {ratios[rank-1]:.4f} to {ratios[-rank]:.4f}), quartiles {low:.3f} to {high:.3f}, {TURNS} turns of {STEPS} steps')
+    rank = int(binom.ppf(0.025, turns, 0.5))
+    print(f'time under torchrun / alone {middle:.4f} (95 %: {ratios[rank-1]:.4f} to {ratios[-rank]:.4f}), quartiles {low:.3f} to {high:.3f}, {turns} turns of {STEPS} steps')
 
-if __name__ == '__main__': stand_ready(sys.argv[2:]) if sys.argv[1:2] == ['stand ready'] else main(sys.argv[1:])
+if __name__ == '__main__':
+    first = ''.join(sys.argv[1:2])
+    if first == 'stand ready': stand_ready(sys.argv[2:])
+    else: main(int(first) if first.isdigit() else 200, sys.argv[1+first.isdigit():])
