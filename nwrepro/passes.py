@@ -43,9 +43,11 @@ FLOOR_IN = {dtype: torch.tensor(FLOOR, dtype=dtype).item() for dtype in (torch.f
 # %% ../nbs/00_passes.ipynb #25865ce0
 @Kernel
 def join_floor(x, shortcut, factor, floor):
+    "In place max(x + factor*shortcut, floor), maps `[N, C, H, W]`"
     x.add_(shortcut, alpha=factor).clamp_(min=floor)
 @Kernel
 def join_floor_backward(g, y, factor, floor):
+    "Gradients of both from that of the output `y`"
     dx = torch.ops.aten.threshold_backward(g, y, floor)
     return dx, dx*factor
 
@@ -110,13 +112,16 @@ def channel_sum(
 # %% ../nbs/00_passes.ipynb #c2bc76a2
 @Kernel
 def join_trelu(x, shortcut, b, alpha):
+    "In place max(x + b*shortcut, alpha), maps `[N, C, H, W]`; `b` is `[C, 1, 1]`, or None where it is on the shortcut already"
     (x.add_(shortcut) if b is None else x.addcmul_(shortcut, b)).clamp_(min=alpha)
 @Kernel
 def trelu_backward(dx, g, y, alpha):
+    "Writes the gradient of the input into `dx`, and returns that of the threshold, `[C]`"
     dx.copy_(torch.where(y > alpha, g, 0))
     return channel_sum(torch.where(y > alpha, 0, g))
 @Kernel
 def trelu_join_backward(dx, dz, g, y, alpha, shortcut, b):
+    "Writes those of residual and shortcut, and returns those of the threshold and of `b`"
     new = torch.where(y > alpha, g, 0)
     dx.copy_(new)
     dz.copy_(new*b)
@@ -188,7 +193,7 @@ class WNJoin(TReLU):
 
 # %% ../nbs/00_passes.ipynb #5a1c0de2
 def gained(w, gain):
-    "Filters with a factor each"
+    "Filters `[out, ...]` with a factor each, `[out]`"
     return w*gain.to(w.dtype)[:,None,None,None]
 
 @Kernel
@@ -222,4 +227,3 @@ class BranchConv2d(WNConv2d):
         if gain is None or self.padding_mode != 'zeros' or torch.compiler.is_compiling(): return super().forward(x, gain)
         dtype = dtype_for(x)
         return GainedConv.apply(x.to(dtype), weight_for(self, x).to(dtype), gain, self)
-
