@@ -121,7 +121,7 @@ def trelu_backward(dx, g, y, alpha):
     return channel_sum(torch.where(y > alpha, 0, g))
 @Kernel
 def trelu_join_backward(dx, dz, g, y, alpha, shortcut, b):
-    "Writes those of residual and shortcut, and returns those of the threshold and of `b`"
+    "Writes the gradients of residual and shortcut into `dx` and `dz`, and returns those of the threshold and of `b`, `[C]` each"
     new = torch.where(y > alpha, g, 0)
     dx.copy_(new)
     dz.copy_(new*b)
@@ -224,6 +224,7 @@ class BranchConv2d(WNConv2d):
         x:torch.Tensor,               # `[N, in, H, W]`
         gain:torch.Tensor|None=None,  # factor on each filter, `[out]`, in a layer without bias
     )->torch.Tensor:                  # `[N, out, H', W']`
-        if gain is None or self.padding_mode != 'zeros' or torch.compiler.is_compiling(): return super().forward(x, gain)
+        plainly = gain is None or torch.compiler.is_compiling() or self.padding_mode != 'zeros' or isinstance(self.padding, str)
+        if plainly: return super().forward(x, gain)
         dtype = dtype_for(x)
         return GainedConv.apply(x.to(dtype), weight_for(self, x).to(dtype), gain, self)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, weight_normalize
 from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, make_ready, normalised
-from nwrepro.passes import Kernel, NPJoin, WNJoin
+from nwrepro.passes import BranchConv2d, Kernel, NPJoin, WNJoin
 from nwrepro.probes import first_nonfinite_gradient, layer_outputs
 from nwrepro.roofline import kept_bytes
 from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, no_norm, parameter_roles, strict
@@ -158,6 +158,16 @@ def test_joins_take_over_the_memory_of_the_residual():
     for join in (NPJoin(), WNJoin(4)):
         residual = 1*torch.randn(2, 4, 3, 3, requires_grad=True)
         assert join(residual, torch.randn(2, 4, 3, 3)).data_ptr() == residual.data_ptr()
+
+@pytest.mark.parametrize('more', [dict(), dict(stride=2, padding=1), dict(dilation=2), dict(groups=2), dict(padding=1, padding_mode='circular'), dict(padding='same')], ids=str)
+def test_a_convolution_with_the_weight_of_its_branch(more):
+    torch.manual_seed(0)
+    plain, fast = (kind(4, 6, 3, affine=False, **more).double() for kind in (WNConv2d, BranchConv2d))
+    fast.load_state_dict(plain.state_dict())
+    x, gain = torch.randn(2, 4, 9, 8).double().requires_grad_(), torch.randn(6).double().requires_grad_()
+    outputs = [conv(x, gain) for conv in (plain, fast)]
+    gradients = [torch.autograd.grad(y.sin().sum(), (x, gain, conv.v)) for y, conv in zip(outputs, (plain, fast), strict=True)]
+    for a, b in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True): assert relative(b, a) < 1e-12
 
 @pytest.mark.parametrize('norm', PLAIN)
 def test_as_little_is_kept_as_without_normalization(norm):

@@ -1,12 +1,11 @@
 """What one process under torchrun costs against none: python tools/bench_torchrun.py [TURNS] [parameters as python -m nwrepro.training takes them]
 
-The same run stands ready twice, alone and under `torchrun --nproc-per-node 1`. They train in TURNS (200, at least 6), two steps at a time, while the other waits (torchrun
+The same run stands ready twice, alone and under `torchrun --nproc-per-node 1`. They train in TURNS (200), two steps at a time, while the other waits (torchrun
 itself is halted), so that a slow minute of the machine meets both. Printed are the images per second of each and the ratio of their times in the same turn: median,
 quartiles, and the interval that holds the median in 95 of 100 such measurements. The default is that of a run."""
 import os, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
-from scipy.stats import binom
-from nwrepro.recipe import make_recipe
+from nwrepro.stats import step_ratio
 from nwrepro.training import begin_run, make_model, parser, prepare, start, steps_of_epoch
 
 STEPS, WARM = 2, 3
@@ -24,7 +23,6 @@ def stand_ready(words):
             print(time.perf_counter()-begin, flush=True)
 
 def main(turns, words):
-    if turns < 6: raise SystemExit(f'TURNS = {turns} leave no room for an interval: give at least 6')
     env = os.environ | dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS') or str(len(os.sched_getaffinity(0))))  # torchrun would give each process one thread
     ways = dict(alone=[], torchrun=['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '1'])
     command = lambda way: [sys.executable, *ways[way], __file__, 'stand ready', *words]
@@ -43,11 +41,11 @@ def main(turns, words):
         process.send_signal(signal.SIGCONT)
         process.stdin.close()
         process.wait()
-    ratios = sorted(seconds['torchrun']/seconds['alone'] for seconds in found)
-    print(', '.join(f'{way} {images[way]/statistics.median(seconds[way] for seconds in found):.1f} images/s' for way in ways))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    rank = int(binom.ppf(0.025, turns, 0.5))
-    print(f'time under torchrun / alone {middle:.4f} (95 %: {ratios[rank-1]:.4f} to {ratios[-rank]:.4f}), quartiles {low:.3f} to {high:.3f}, {turns} turns of {STEPS} steps')
+    seconds = {way: [row[way] for row in found] for way in ways}
+    ratio = step_ratio(dict(seconds=seconds), 'torchrun', 'alone')
+    low, _, high = statistics.quantiles(map(float.__truediv__, seconds['torchrun'], seconds['alone']), n=4)
+    print(', '.join(f'{way} {images[way]/statistics.median(seconds[way]):.1f} images/s' for way in ways))
+    print(f'time under torchrun / alone {ratio.value:.4f} (95 %: {ratio.low:.4f} to {ratio.high:.4f}), quartiles {low:.3f} to {high:.3f}, {turns} turns of {STEPS} steps')
 
 if __name__ == '__main__':
     first = ''.join(sys.argv[1:2])
