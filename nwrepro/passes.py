@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['FLOOR', 'AT_JOIN', 'FLOOR_IN', 'Kernel', 'join_floor', 'join_floor_backward', 'Floor', 'NPFloor', 'NPJoin',
            'scale_output', 'channel_sum', 'join_trelu', 'trelu_backward', 'trelu_join_backward', 'on_channels', 'like',
-           'TranslatedReLU', 'OnePassTReLU', 'WNJoin', 'gained', 'gain_backward', 'GainedConv', 'BranchConv2d']
+           'TranslatedReLU', 'OnePassTReLU', 'WNJoin', 'end_branch']
 
 # %% ../nbs/00_passes.ipynb #381c7c90
 import math
 import warnings
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from .layers import C1, C2, TReLU, WNAdd, WNConv2d, dtype_for, weight_for
+from .layers import C1, C2, TReLU, WNAdd, WNConv2d
 
 # %% ../nbs/00_passes.ipynb #d85ddee2
 class Kernel:
@@ -181,7 +180,7 @@ class WNJoin(TReLU):
         super().__init__(num_features)
         self.u = WNAdd(num_features).u
     def weights(self)->tuple[torch.Tensor,torch.Tensor]:  # `a` of the residual, `b` of the shortcut, `[C]` each
-        return tuple(self.u/torch.linalg.vector_norm(self.u, dim=0))
+        return tuple(self.u/torch.hypot(*self.u))
     def forward(self,
         residual:torch.Tensor,      # times `a`, `[N, C, H, W]`; its memory is taken over
         shortcut:torch.Tensor,      # `[N, C, H, W]`
@@ -191,40 +190,13 @@ class WNJoin(TReLU):
             return super().forward(residual + (shortcut if b is None else b.to(shortcut.dtype)[:,None,None]*shortcut))
         return TranslatedReLU.apply(residual, self.alpha, shortcut, b)
 
-# %% ../nbs/00_passes.ipynb #5a1c0de2
-def gained(w, gain):
-    "Filters `[out, ...]` with a factor each, `[out]`"
-    return w*gain.to(w.dtype)[:,None,None,None]
-
-@Kernel
-def gain_backward(dw, w, gain):
-    "In place the gradient of `w` from that of `gained(w, gain)`, and that of the gain, `[out]`"
-    along = (dw.to(gain.dtype)*w).sum((1, 2, 3))
-    dw.copy_(gained(dw, gain))
-    return along
-
-class GainedConv(Function):
-    "The output of a convolution without bias whose filters carry a factor; keeps what it would keep without"
-    @staticmethod
-    def forward(ctx, x, w, gain, conv):
-        ctx.save_for_backward(x, w, gain)
-        ctx.conv = conv
-        return conv._conv_forward(x, gained(w, gain), None)
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        (x, w, gain), conv = ctx.saved_tensors, ctx.conv
-        dx, dw, _ = torch.ops.aten.convolution_backward(g, x, gained(w, gain), None, conv.stride, conv.padding, conv.dilation, False, [0, 0], conv.groups, [ctx.needs_input_grad[0], True, False])
-        along = gain_backward(dw, w.data, gain.data)
-        return dx, dw, along, None
-
-class BranchConv2d(WNConv2d):
-    "`WNConv2d` that may end a branch: with the weight of the branch on its filters it keeps no more than without"
-    def forward(self,
-        x:torch.Tensor,               # `[N, in, H, W]`
-        gain:torch.Tensor|None=None,  # factor on each filter, `[out]`, in a layer without bias
-    )->torch.Tensor:                  # `[N, out, H', W']`
-        plainly = gain is None or torch.compiler.is_compiling() or self.padding_mode != 'zeros' or isinstance(self.padding, str)
-        if plainly: return super().forward(x, gain)
-        dtype = dtype_for(x)
-        return GainedConv.apply(x.to(dtype), weight_for(self, x).to(dtype), gain, self)
+# %% ../nbs/00_passes.ipynb #5a1c0de3
+def end_branch(
+    conv:nn.Module,  # the last convolution of a branch, changed in place
+    join:nn.Module,  # module with `weights()`
+    which:int,       # of them
+)->None:
+    "Let a strict convolution carry the weight of its branch; ValueError for another one"
+    if not isinstance(conv, WNConv2d) or conv.g is not None or conv.bias is not None:
+        raise ValueError('a join that puts its weights on filters needs conv=strict, without lengths and biases: take WNAdd as join and TReLU as act with other convolutions')
+    conv.branch = join, which

@@ -84,7 +84,7 @@ PASSES = dict(
     bn=_STEP | dict(norm=dict(cpu=(3, 1, 4, 1), cuda=(2, 1, 4, 1))),
     wn=_STEP | _READY | dict(bias=True),
     np=_STEP | _READY | dict(bias=True, join=(2, 1, 2, 2), join_down=(2, 1, 2, 1)),
-    trelu=_STEP | _READY | dict(translates=True, join=(2, 1, 3, 2), join_down=(2, 1, 2, 1), gain=(1, 1, 3, 2)),
+    trelu=_STEP | _READY | dict(translates=True, join=(2, 1, 3, 2), join_down=(2, 1, 2, 1)),
     torch_wn=_STEP | dict(bias=True, weights=(3, 1, 3, 1)),
 )
 BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added inside it on a CPU, after it by cuDNN
@@ -140,7 +140,6 @@ def part_work(
     if row.kind != 'linear':
         if 'norm' in does: work += passes(row, 'norm', does['norm'][device], n, s)
         if 'bias' in does: work += passes(row, 'bias', BIAS[device], n, s)
-    if row.kind == 'last' and 'gain' in does: work += passes(row, 'gain', does['gain'], row.weights, s if half else mine)
     if 'weights' in does: work += passes(row, 'weights', does['weights'], row.weights, mine)
     return work + [w._replace(part='optimizer') for w in passes(row, 'filters' if 'ready' in does else 'optimizer', (*((5, 2.5) if half else does['optimizer']), 0, 0), row.weights, mine)]  # gradient and ready weight in half the bytes
 

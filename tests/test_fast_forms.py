@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, weight_normalize
 from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, make_ready, normalised
-from nwrepro.passes import BranchConv2d, Kernel, NPJoin, WNJoin
+from nwrepro.passes import Kernel, NPJoin, WNJoin, end_branch
 from nwrepro.probes import first_nonfinite_gradient, layer_outputs
 from nwrepro.roofline import kept_bytes
 from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, no_norm, parameter_roles, strict
@@ -89,9 +89,10 @@ def test_a_filter_of_length_0_trains(monkeypatch):
     assert (fast.layer1[0].conv2.g != 0).all()
     for name, value in plain.state_dict().items(): assert relative(fast.state_dict()[name], value) < 1e-9, name
 
-def test_a_join_with_weights_refuses_a_convolution_that_cannot_take_them():
-    block = JoinBlock(timm.create_model('resnet18').layer1[0], WNJoin(64))
-    with pytest.raises(TypeError): block(torch.randn(1, 64, 8, 8))
+@pytest.mark.parametrize('conv', [nn.Conv2d(4, 4, 3), WNConv2d(4, 4, 3), WNConv2d(4, 4, 3, bias=False)], ids=str)
+def test_a_join_with_weights_refuses_a_convolution_that_cannot_take_them(conv):
+    with pytest.raises(ValueError, match='needs conv=strict'): end_branch(conv, WNJoin(4), 0)
+    with pytest.raises(ValueError, match='needs conv=strict'): JoinBlock(timm.create_model('resnet18').layer1[0], WNJoin(64))
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', (torch.float32, torch.bfloat16), ids=str)
@@ -159,15 +160,47 @@ def test_joins_take_over_the_memory_of_the_residual():
         residual = 1*torch.randn(2, 4, 3, 3, requires_grad=True)
         assert join(residual, torch.randn(2, 4, 3, 3)).data_ptr() == residual.data_ptr()
 
-@pytest.mark.parametrize('more', [dict(), dict(stride=2, padding=1), dict(dilation=2), dict(groups=2), dict(padding=1, padding_mode='circular'), dict(padding='same')], ids=str)
-def test_a_convolution_with_the_weight_of_its_branch(more):
+def trelu_net():
+    "Its parameters moved off their start, where no branch counts"
     torch.manual_seed(0)
-    plain, fast = (kind(4, 6, 3, affine=False, **more).double() for kind in (WNConv2d, BranchConv2d))
-    fast.load_state_dict(plain.state_dict())
-    x, gain = torch.randn(2, 4, 9, 8).double().requires_grad_(), torch.randn(6).double().requires_grad_()
-    outputs = [conv(x, gain) for conv in (plain, fast)]
-    gradients = [torch.autograd.grad(y.sin().sum(), (x, gain, conv.v)) for y, conv in zip(outputs, (plain, fast), strict=True)]
-    for a, b in zip((outputs[0], *gradients[0]), (outputs[1], *gradients[1]), strict=True): assert relative(b, a) < 1e-12
+    net = convert(timm.create_model('resnet18', num_classes=3), 'trelu').double()
+    with torch.no_grad():
+        for p in net.parameters(): p.add_(0.1*torch.randn_like(p))
+    return net
+
+def ready_weights(net): return {name: p.clone() for name, p in net.named_parameters() if name.endswith('ready')}
+
+@pytest.mark.parametrize('whole', (True, False), ids=('model', 'optimizer'))
+def test_weights_that_are_loaded_carry_the_weights_of_their_branches(whole):
+    nets, optimizers = (trelu_net(), trelu_net()), []
+    for net in nets: optimizers.append(optimizer_of(net, normalised(net)))
+    x = torch.randn(2, 3, 32, 32).double()
+    nets[0](x).square().sum().backward()
+    optimizers[0].step()
+    assert all(not torch.equal(a, b) for a, b in zip(ready_weights(nets[0]).values(), ready_weights(nets[1]).values(), strict=True))
+    nets[1].load_state_dict(nets[0].state_dict())
+    if not whole: optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for name, weight in ready_weights(nets[0]).items():
+        assert torch.equal(ready_weights(nets[1])[name], weight) if not whole else relative(ready_weights(nets[1])[name], weight) < 1e-12, name
+
+def test_gradients_that_come_in_parts_reach_the_join_once():
+    "Two batches, looked at in between, against both at once"
+    nets = trelu_net(), trelu_net()
+    once, parts = (optimizer_of(net, normalised(net)) for net in nets)
+    x = torch.randn(4, 3, 32, 32).double()
+    nets[0](x).sum().backward()
+    for batch in x.split(2):
+        nets[1](batch).sum().backward()
+        gradient_length(parts)
+    assert relative(gradient_length(parts), gradient_length(once)) < 1e-12
+    for block, other in zip(nets[0].layer2, nets[1].layer2, strict=True): assert relative(other.join.u.grad, block.join.u.grad) < 1e-12
+    assert nets[0].layer2[0].join.u.grad.abs().max() > 0
+
+def test_the_filters_of_a_copy_follow_its_own_join():
+    net = trelu_net()
+    twin = copy.deepcopy(net)
+    with torch.no_grad(): net.layer1[0].join.u.mul_(-1)
+    torch.testing.assert_close(net.layer1[0].conv2.w, -twin.layer1[0].conv2.w)
 
 @pytest.mark.parametrize('norm', PLAIN)
 def test_as_little_is_kept_as_without_normalization(norm):
