@@ -8,6 +8,7 @@ __all__ = ['inner_products', 'blend', 'write_weight', 'step_of_lengths', 'normal
            'clip_gradient']
 
 # %% ../nbs/06_optimizer.ipynb #864c6a76
+from functools import partial
 import torch
 from torch import nn
 from .layers import length_for
@@ -15,23 +16,24 @@ from .passes import Kernel, like
 from .probes import grad_length
 
 # %% ../nbs/06_optimizer.ipynb #d185356e
-@Kernel
+@partial(Kernel, dynamic=False)
 def inner_products(v, dw):
-    "The rows `<v,v>, <v,dw>, <dw,dw>`, `[3, out]`, of matrices `[out, n]`"
-    dw = dw.to(v.dtype)
-    return torch.stack([(v*v).sum(1), (v*dw).sum(1), (dw*dw).sum(1)])
+    "The rows `<v,v>, <v,dw>, <dw,dw>`, `[3, filters]`, of lists of matrices `[out, n]`"
+    def of(v, dw): return torch.stack([(v*v).sum(1), (v*dw).sum(1), (dw*dw).sum(1)])
+    return torch.cat([of(v, dw.to(v.dtype)) for v, dw in zip(v, dw, strict=True)], 1)
 
-@Kernel
+@partial(Kernel, dynamic=False)
 def blend(v, m, dw, a, rates):
-    "In place `m = momentum m + a1 dw + a0 v` and `v = v - lr m`, row by row; `a` is `[out, 3]`, `rates` begins with lr and momentum"
-    new = rates[1]*m + a[:,1:2]*dw + a[:,0:1]*v
-    m.copy_(new)
-    v.copy_(v - rates[0]*new)
+    "In place `m = momentum m + a1 dw + a0 v` and `v = v - lr m`, row by row, for lists of matrices; `a` are `[out, 3]`, `rates` begins with lr and momentum"
+    for v, m, dw, a in zip(v, m, dw, a, strict=True):
+        new = rates[1]*m + a[:,1:2]*dw + a[:,0:1]*v
+        m.copy_(new)
+        v.copy_(v - rates[0]*new)
 
-@Kernel
+@partial(Kernel, dynamic=False)
 def write_weight(w, v, a):
-    "`w = a2 v/|v|`, row by row"
-    w.copy_(v*(a[:,2:3]/v.square().sum(1, keepdim=True).sqrt()))
+    "`w = a2 v/|v|`, row by row, for lists of matrices"
+    for w, v, a in zip(w, v, a, strict=True): w.copy_(v*(a[:,2:3]/v.square().sum(1, keepdim=True).sqrt()))
 
 # %% ../nbs/06_optimizer.ipynb #9eeeebc3
 @Kernel
@@ -63,13 +65,12 @@ def make_ready(
     layer:nn.Module,        # weight-normalised, changed in place
     dtype:torch.dtype,      # in which the convolution takes its weight
 )->None:
-    "Give a layer its weight as a parameter; its gradient arrives there, and no longer at `v` and `g`"
+    "Give a layer its weight as a parameter, yet to be written; its gradient arrives there, and no longer at `v` and `g`"
     layer.ready = nn.Parameter(torch.empty_like(layer.v, dtype=dtype))
     layer.v.requires_grad_(False)
     if layer.g is not None: layer.g.requires_grad_(False)
     join, which = getattr(layer, 'branch', None) or (None, 0)
     if which == 1: join.u.requires_grad_(False)  # both of its weights lie on filters, so no backward pass reaches it
-    renew(layer)
 
 # %% ../nbs/06_optimizer.ipynb #e2cd7ae8
 def rows(
@@ -96,11 +97,13 @@ def constants(
 # %% ../nbs/06_optimizer.ipynb #af1fcca3
 @torch.no_grad()
 def renew(
-    layer:nn.Module,  # handed over, changed in place
+    layers:list,  # handed over, changed in place
 )->None:
-    "Write the weight of a layer as a step would, to the last bit"
-    g, (_, scale) = lengths([layer]), constants(layer)
-    write_weight(rows(layer.ready), rows(layer.v), torch.stack([g, g, scale*g], 1))
+    "Write the weights of layers as a step would, to the last bit"
+    if not layers: return
+    g, scale = lengths(layers), torch.cat([constants(l)[1] for l in layers])
+    a = torch.stack([g, g, scale*g], 1).split([len(l.v) for l in layers])
+    write_weight([rows(l.ready) for l in layers], [rows(l.v) for l in layers], list(map(rows, a)))
 
 # %% ../nbs/06_optimizer.ipynb #2ddbf627
 def filter_numbers(
@@ -122,10 +125,10 @@ def advance(
     state, sizes = optimizer.state, [l.v.shape[0] for l in layers]
     rates, clip = products.new_tensor(optimizer.rates(layers)), products.new_tensor(optimizer.clip)
     a, g, mg = step_of_lengths(products, *numbers, lengths(layers), rates, clip)
-    for l, part in reversed(list(zip(layers, a.split(sizes), strict=True))):  # those read last are still in the cache
-        v, part = rows(l.v), rows(part)
-        blend(v, rows(state[l.v]['momentum_buffer']), rows(like(l.ready.grad, l.v)), part, rates)
-        write_weight(rows(l.ready), v, part)
+    v, m, dw = zip(*((rows(l.v), rows(state[l.v]['momentum_buffer']), rows(like(l.ready.grad, l.v))) for l in layers), strict=True)
+    a = [rows(part) for part in a.split(sizes)]
+    blend(v[::-1], m[::-1], dw[::-1], a[::-1], rates)  # those read last are still in the cache
+    write_weight([rows(l.ready) for l in layers], list(v), a)
     learned = [(l.g, *new) for l, *new in zip(layers, g.split(sizes), mg.split(sizes), strict=True) if l.g is not None]
     torch._foreach_copy_([g for g, _, _ in learned]+[state[g]['momentum_buffer'] for g, _, _ in learned], [new for _, new, _ in learned]+[new for _, _, new in learned])
 
@@ -147,6 +150,7 @@ class WNSGD(torch.optim.SGD):
             make_ready(l, dtype or l.v.dtype)
             for p in (l.v, l.g):
                 if p is not None: self.state[p] = dict(momentum_buffer=torch.zeros_like(p))
+        renew(self.layers)
     def rates(self, layers)->list[float]:  # lr, momentum, decay of `v`, decay of g
         of = {p: group for group in self.param_groups for p in group['params']}
         v, g = of[layers[0].v], next((of[l.g] for l in layers if l.g is not None), of[layers[0].v])
@@ -166,7 +170,7 @@ class WNSGD(torch.optim.SGD):
     def load_state_dict(self, saved):
         super().load_state_dict(saved)
         self.seen = None
-        for l in self.layers: renew(l)
+        renew(self.layers)
 
 # %% ../nbs/06_optimizer.ipynb #7a68f02e
 @torch.no_grad()
@@ -196,7 +200,7 @@ def first_pass(
     active = [l for l in optimizer.layers if l.ready.grad is not None]
     seen = [(id(l.ready.grad), l.ready.grad._version) for l in active]
     if active and optimizer.seen != seen:
-        products = torch.cat([inner_products(rows(l.v), rows(like(l.ready.grad, l.v))) for l in active], 1)
+        products = inner_products([rows(l.v) for l in active], [rows(like(l.ready.grad, l.v)) for l in active])
         optimizer.seen, optimizer.found = seen, (products, filter_numbers(optimizer, active))
         send_to_joins(optimizer, active, products)
     return active, *optimizer.found

@@ -21,12 +21,13 @@ class Kernel:
     "A function of tensors that is compiled into one loop, where kernels are `wanted` and there is a compiler"
     wanted = False  # in this process; a network that is compiled as a whole needs none
     def __init__(self,
-        f,  # function of tensors; may change them in place
+        f,                  # function of tensors; may change them in place
+        dynamic:bool=True,  # compile once for all sizes; False = for each list of sizes anew, which many tensors in one call need
     ):
-        self.f, self.fast = f, None
+        self.f, self.dynamic, self.fast = f, dynamic, None
     def __call__(self, *args):
         if not Kernel.wanted or torch.compiler.is_compiling(): return self.f(*args)
-        self.fast = self.fast or torch.compile(self.f, dynamic=True)
+        self.fast = self.fast or torch.compile(self.f, dynamic=self.dynamic)
         try: return self.fast(*args)
         except torch.OutOfMemoryError: raise  # no matter of the compiler, and `f` may have changed its tensors
         except (RuntimeError, OSError) as error:

@@ -256,11 +256,11 @@ def call_seconds(
 # %% ../nbs/06_roofline.ipynb #bead0715
 def filter_step(
     dtype:torch.dtype,  # of the convolution
-    channels:int,       # in and out of each of 20 layers
+    channels:int,       # in and out of each of 8 layers
     side:int,           # of their filters
 )->float:               # seconds per layer
     "Time of the gradient's length and of the step on `v` and `g`"
-    layers = [WNConv2d(channels, channels, side).to(memory_format=torch.channels_last) for _ in range(20)]
+    layers = [WNConv2d(channels, channels, side).to(memory_format=torch.channels_last) for _ in range(8)]
     params = [p for layer in layers for p in layer.parameters()]
     optimizer = WNSGD(params, layers, dtype, lr=1e-9, momentum=0.9)
     for layer in layers: layer.ready.grad = torch.zeros_like(layer.ready)

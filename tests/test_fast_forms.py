@@ -4,7 +4,7 @@ import pytest, timm, torch
 import torch.nn.functional as F
 from torch import nn
 from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, weight_normalize
-from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, make_ready, normalised
+from nwrepro.optimizer import WNSGD, clip_gradient, gradient_length, make_ready, normalised, renew
 from nwrepro.passes import Kernel, NPJoin, WNJoin, end_branch
 from nwrepro.probes import first_nonfinite_gradient, layer_outputs
 from nwrepro.roofline import kept_bytes
@@ -219,6 +219,7 @@ def test_probes_see_the_same_signals_in_both_forms(norm, monkeypatch):
 def test_a_gradient_that_arrives_at_the_weight_is_named_after_its_direction():
     model = convert(timm.create_model('resnet18', num_classes=3), 'wn')
     make_ready(model.layer1[0].conv1, torch.float32)
+    renew([model.layer1[0].conv1])
     model(torch.randn(2, 3, 32, 32)).sum().backward()
     assert first_nonfinite_gradient(model) is None
     model.layer1[0].conv1.ready.grad[0] = torch.inf
