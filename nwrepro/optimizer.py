@@ -130,7 +130,7 @@ def advance(
     blend(v[::-1], m[::-1], dw[::-1], a[::-1], rates)  # those read last are still in the cache
     write_weight([rows(l.ready) for l in layers], list(v), a)
     learned = [(l.g, *new) for l, *new in zip(layers, g.split(sizes), mg.split(sizes), strict=True) if l.g is not None]
-    torch._foreach_copy_([g for g, _, _ in learned]+[state[g]['momentum_buffer'] for g, _, _ in learned], [new for _, new, _ in learned]+[new for _, _, new in learned])
+    if learned: torch._foreach_copy_([g for g, _, _ in learned]+[state[g]['momentum_buffer'] for g, _, _ in learned], [new for _, new, _ in learned]+[new for _, _, new in learned])
 
 # %% ../nbs/06_optimizer.ipynb #0227ac4a
 class WNSGD(torch.optim.SGD):
@@ -172,7 +172,7 @@ class WNSGD(torch.optim.SGD):
         self.seen = None
         renew(self.layers)
 
-# %% ../nbs/06_optimizer.ipynb #7a68f02e
+# %% ../nbs/06_optimizer.ipynb #5e4d70a2
 @torch.no_grad()
 def send_to_joins(
     optimizer:WNSGD,        # keeps what it sends, to replace it if more gradient comes
@@ -192,6 +192,7 @@ def send_to_joins(
         join.u.grad += new - optimizer.sent.get(join, 0)
         optimizer.sent[join] = new
 
+# %% ../nbs/06_optimizer.ipynb #7a68f02e
 @torch.no_grad()
 def first_pass(
     optimizer:WNSGD,  # after a backward pass
