@@ -111,14 +111,18 @@ class JoinBlock(nn.Module):
             self.register_load_state_dict_post_hook(renew_ends)
     def ends(self)->list[nn.Module]:  # the last convolution of the residual, and that of the shortcut if it has one
         return [getattr(self, self.last_conv), *(m for m in self._modules.get('downsample', ()) if isinstance(m, nn.Conv2d))]
+    def residual(self,
+        x:torch.Tensor,  # `[N, in, H, W]`
+    )->torch.Tensor:     # `[N, out, H', W']`
+        for name in self.branch: x = getattr(self, name)(x)
+        return x
     def forward(self,
         x:torch.Tensor,  # `[N, in, H, W]`
     )->torch.Tensor:     # `[N, out, H', W']`
-        residual = shortcut = x
-        for name in self.branch: residual = getattr(self, name)(residual)
+        if hasattr(self.join, 'around') and 'downsample' not in self._modules: return self.join.around(self.residual, x)
+        residual, shortcut = self.residual(x), x
         for m in self._modules.get('downsample', ()): shortcut = m(shortcut)
-        weighs = hasattr(self.join, 'weights') and 'downsample' not in self._modules  # no convolution carries the weight of the shortcut
-        return getattr(self, self.last_act)(self.join(residual, shortcut, *([self.join.weights()[1]] if weighs else [])))
+        return getattr(self, self.last_act)(self.join(residual, shortcut))
 
 def renew_ends(block, keys):  # the join, which has the lengths of their filters, is loaded after its convolutions
     for conv in block.ends():
@@ -177,9 +181,7 @@ def scale_outputs(
     for block in [m for m in model.modules() if isinstance(m, JoinBlock)]:
         scale_output(getattr(block, block.last_conv), AT_JOIN)
         for m in block._modules.get('downsample', ()):
-            if isinstance(m, WNConv2d):
-                scale_output(m, AT_JOIN, shifts=False)
-                block.join.factor = 1.
+            if isinstance(m, WNConv2d): scale_output(m, AT_JOIN, shifts=False)
 
 # %% ../nbs/02_surgery.ipynb #5urg0002
 def check_slots(

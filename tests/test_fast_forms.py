@@ -159,6 +159,7 @@ def test_joins_take_over_the_memory_of_the_residual():
     for join in (NPJoin(), WNJoin(4)):
         residual = 1*torch.randn(2, 4, 3, 3, requires_grad=True)
         assert join(residual, torch.randn(2, 4, 3, 3)).data_ptr() == residual.data_ptr()
+        assert join.around(lambda x: residual, torch.randn(2, 4, 3, 3)).data_ptr() == residual.data_ptr()
 
 def trelu_net():
     "Its parameters moved off their start, where no branch counts"
