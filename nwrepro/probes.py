@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['sizes', 'direction', 'layers', 'evaluating', 'hooked', 'rounded', 'as_columns', 'before_activation', 'layer_outputs',
-           'filters', 'weight_lengths', 'filter_coherence', 'grad_length', 'divergence', 'Watch', 'unchanged',
-           'first_nonfinite', 'first_nonfinite_gradient']
+           'filters', 'weight_lengths', 'filter_coherence', 'in_order', 'grad_length', 'divergence', 'Watch',
+           'unchanged', 'first_nonfinite', 'first_nonfinite_gradient']
 
 # %% ../nbs/04_probes.ipynb #16b9ab57
 import math
@@ -133,11 +133,20 @@ def filter_coherence(
     return as_columns(('layer', 'mean', 'max'), [row(name, w) for name,w in filters(model).items() if len(w) > 1])
 
 # %% ../nbs/04_probes.ipynb #cb13fc49
+def in_order(
+    t:torch.Tensor,     # of any shape, contiguous or channels_last
+)->torch.Tensor:        # `[n]`
+    "All elements, as they lie in memory"
+    return (t.movedim(1, -1) if t.is_contiguous(memory_format=torch.channels_last) else t).reshape(-1)
+
 def grad_length(
     params,             # parameters, any iterable; those without a gradient count as 0
 )->torch.Tensor:        # one value
     "Length of the gradient of all parameters taken together"
-    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    grads = [p.grad for p in params if p.grad is not None]
+    if not grads or grads[0].device.type != 'cpu': return torch.nn.utils.get_total_norm(grads)
+    flat = map(in_order, grads)
+    return torch.stack([torch.dot(g, g) for g in flat]).sum().sqrt()
 
 # %% ../nbs/04_probes.ipynb #62c6d04a
 def divergence(

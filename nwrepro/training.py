@@ -171,7 +171,9 @@ def seed_step(
 )->None:
     "Start torch's generators from the seed of the run, the step and the part of the batch"
     where = [state.team.process_index, part]
-    torch.manual_seed(key(state.recipe.seed, 'step', state.step, *(where if any(where) else [])))
+    on_cpu = state.accelerator.device.type == 'cpu'
+    start_from = torch.default_generator.manual_seed if on_cpu else torch.manual_seed  # the latter notes who called it, for GPUs to come, which takes milliseconds
+    start_from(key(state.recipe.seed, 'step', state.step, *(where if any(where) else [])))
 
 # %% ../nbs/06_training.ipynb #d0373352
 def gradient(
@@ -186,6 +188,7 @@ def gradient(
         with nullcontext() if k == len(parts) else state.accelerator.no_sync(state.forward):
             logits = logits_of(state, x)
             loss = F.cross_entropy(logits, y_part, label_smoothing=state.recipe.label_smoothing)
+            if k == 1: state.optimizer.zero_grad()  # no sooner: the new gradient is to take the memory of the old one, or it must be asked for anew
             state.accelerator.backward(loss*(len(x)/len(y)))
         sums += loss.item()*len(x), (logits.argmax(1) == y_part).sum().item()
     return [*sums, len(y)]
@@ -199,7 +202,6 @@ def train_step(
     "One step of SGD, unless loss or gradient say that the run has diverged"
     state.schedule.step_update(state.step)
     state.model.train()
-    state.optimizer.zero_grad()
     before = [torch.cat(running(state.statistics)), state.statistics[0].num_batches_tracked.item()] if state.statistics else None
     sums, state.wishes = together(state.team, gradient(state, x, y), [state.asked.number or 0, time.monotonic()-state.saved_at >= 60*state.checkpoint_minutes])
     if before: merge_statistics(state.team, state.statistics, before[0], state.statistics[0].num_batches_tracked.item()-before[1])

@@ -152,6 +152,15 @@ def test_grad_length():
     assert grad_length(net.parameters()).item() == pytest.approx(math.sqrt(8))
     assert nn.utils.clip_grad_norm_(net.parameters(), 1.).item() == pytest.approx(math.sqrt(8))
 
+@pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
+def test_grad_length_is_that_of_torch_in_every_memory_format(layout):
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4*36, 2)).to(memory_format=layout)
+    net(images(2, size=8).contiguous(memory_format=layout)).square().sum().backward()
+    grads = [p.grad for p in net.parameters()]
+    assert grad_length(net.parameters()).item() == pytest.approx(torch.nn.utils.get_total_norm(grads).item(), rel=1e-6)
+    for p, strange in zip(net.parameters(), (torch.ones(1, 3, 3, 3).expand(8, 3, 3, 3), torch.arange(16.)[::2]), strict=False): p.grad = strange  # with gaps, or one number for many
+    assert grad_length(net.parameters()).item() == pytest.approx(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item(), rel=1e-6)
+
 
 def verdict_by_the_book(losses, lengths, classes, patience):
     "The rule of the page, said again over the whole course of a run: verdict and step of divergence"
