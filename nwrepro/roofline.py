@@ -17,7 +17,7 @@ from torch import nn
 from .init import blocks
 from .layers import WNConv2d
 from .optimizer import WNSGD, gradient_length
-from .passes import OnePassTReLU, trelu_backward
+from .passes import NPFloor, OnePassTReLU, trelu_backward
 from .probes import direction, evaluating
 
 # %% ../nbs/06_roofline.ipynb #a5536fae
@@ -77,14 +77,14 @@ def flops(
     return dict(forward=2*batch_size*total, backward=2*batch_size*(2*total-first))
 
 # %% ../nbs/06_roofline.ipynb #657494ed
-_STEP = dict(act=(1, 1, 2, 1), join=(3, 2, 2, 1), join_down=(3, 2, 2, 1), optimizer=(4, 2))
+_STEP = dict(act=(1, 1, 2, 1), join=(3, 2, 2, 1), fork=(0, 0, 2, 1), optimizer=(4, 2))
 _READY = dict(ready=True, optimizer=(6, 3))  # the optimizer leaves the weight ready for the convolution, slot 'filters'
 PASSES = dict(
     none=_STEP | dict(bias=True),
     bn=_STEP | dict(norm=dict(cpu=(3, 1, 4, 1), cuda=(2, 1, 4, 1))),
     wn=_STEP | _READY | dict(bias=True),
-    np=_STEP | _READY | dict(bias=True, join=(2, 1, 2, 2), join_down=(2, 1, 2, 1)),
-    trelu=_STEP | _READY | dict(translates=True, join=(2, 1, 3, 2), join_down=(2, 1, 2, 1)),
+    np=_STEP | _READY | dict(bias=True, act_slot='floored', join=(2, 1, 2, 1)),
+    trelu=_STEP | _READY | dict(act_slot='translated', join=(2, 1, 2, 1), weighed_fork=(0, 0, 3, 1)),
     torch_wn=_STEP | dict(bias=True, weights=(3, 1, 3, 1)),
 )
 BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added inside it on a CPU, after it by cuDNN
@@ -132,8 +132,9 @@ def part_work(
     does, s = PASSES[norm], WIDTH[precision]
     mine, n = WIDTH['fp64' if precision == 'fp64' else 'fp32'], batch_size*row.outputs
     if row.kind in ('act', 'join', 'join_down'):
-        fork = [] if row.kind == 'act' else passes(row, 'fork', (0, 0, 2, 1), batch_size*row.inputs, s)
-        return passes(row, 'translated' if 'translates' in does else row.kind.removesuffix('_down'), does[row.kind], n, s) + fork
+        kind, weighed = row.kind.removesuffix('_down'), row.kind == 'join' and 'weighed_fork' in does
+        fork = [] if kind == 'act' else passes(row, 'translated' if weighed else 'fork', does['weighed_fork' if weighed else 'fork'], batch_size*row.inputs, s)
+        return passes(row, does.get('act_slot', kind), does[kind], n, s) + fork
     if row.kind == 'pool': return passes(row, 'pool', (1, 0, 0, 1), batch_size*row.inputs, s) + passes(row, 'pool', (0, 1, 1, 0), n, s+8)  # and the places of the maxima, int64
     work, half = conv_work(row, batch_size, precision, first), 'ready' in does and precision == 'bf16'
     if half: work = [w for w in work if w.slot != 'casts']
@@ -187,32 +188,29 @@ def seconds_of(
     return float(numpy.median(taken[1:]))
 
 # %% ../nbs/06_roofline.ipynb #90f6bf19
-SIZES = (0.5, 2, 8, 32)     # MB of one tensor
+SIZES = dict(cpu=(0.5, 2, 8, 32), cuda=(2, 16, 128, 512))  # MB of one tensor
 
 def bandwidth(
     dtype:torch.dtype,  # of the maps
     device:str,         # cpu or cuda
-    sizes=SIZES,        # of one tensor, MB
-    pool:float=256,     # MB of all tensors together, more than most last-level caches
 )->dict[float,float]:   # MB -> bytes/s
     "How fast element-wise passes go, by the size of the tensor"
     found = {}
-    for mb in sizes:
-        tensors = [torch.ones(int(mb*1e6)//dtype.itemsize, dtype=dtype, device=device) for _ in range(2*max(2, int(pool/mb/2)))]
+    for mb in SIZES[device]:
+        pairs = max(2, int(128/mb))  # 256 MB in all or more, which is more than most last-level caches hold
+        tensors = [torch.ones(int(mb*1e6)//dtype.itemsize, dtype=dtype, device=device) for _ in range(2*pairs)]
         def go_round():
             for a, b in zip(tensors[::2], tensors[1::2], strict=True): torch.ops.aten.threshold_backward(a, b, 0)
-        found[mb] = 3*mb*1e6*(len(tensors)//2)/seconds_of(go_round, device)
+        found[mb] = 3*mb*1e6*pairs/seconds_of(go_round, device)
     return found
 
 # %% ../nbs/06_roofline.ipynb #e0e1a78d
 def conv_rate(
     dtype:torch.dtype,  # of maps and weights
     device:str,         # cpu or cuda
-    batch_size:int=32,  # images
-    channels:int=128,   # in and out
-    side:int=16,        # of the map, pixels
 )->float:               # flop/s
     "How fast a 3x3 convolution goes, forward and backward, channels_last"
+    batch_size, channels, side = dict(cpu=32, cuda=1024)[device], 128, 16  # a GPU would wait for its next kernel at 32
     like = dict(dtype=dtype, device=device)
     x = torch.ones(batch_size, channels, side, side, **like).contiguous(memory_format=torch.channels_last).requires_grad_()
     w = torch.ones(channels, channels, 3, 3, **like).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -230,7 +228,7 @@ def map_rates(
 )->dict:                # slot -> elements/s forward, backward
     "How fast kernels on maps go on a CPU: forward on a map that was just written, backward on one that was written long ago"
     elements = 2**18
-    x = torch.randn(elements//channels, channels, 1, 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(elements//channels//64, channels, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     width = torch.promote_types(dtype, torch.float32)  # of a layer's own numbers
     one, zero, old = torch.ones(channels, dtype=width), torch.zeros(channels, dtype=width), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
     dx, alpha = torch.empty_like(x), torch.zeros(channels, 1, 1, dtype=dtype)
@@ -238,7 +236,7 @@ def map_rates(
     def norm_back(): torch.ops.aten.native_batch_norm_backward(x, next(old), one, zero, one, zero, one, True, 1e-5, [True]*3)
     def translated_back(): trelu_backward(dx, x, next(old), alpha)
     norm, norm_back, translated_back = (elements/seconds_of(f, 'cpu', 100) for f in (norm, norm_back, translated_back))
-    return dict(norm=(norm, norm_back), translated=(float('inf'), translated_back))
+    return dict(norm=(norm, norm_back), translated=(float('inf'), translated_back), floored=(float('inf'), float('inf')))
 
 # %% ../nbs/06_roofline.ipynb #b8e7509e
 def call_seconds(
@@ -256,18 +254,19 @@ def call_seconds(
 # %% ../nbs/06_roofline.ipynb #bead0715
 def filter_step(
     dtype:torch.dtype,  # of the convolution
-    channels:int,       # in and out of each of 8 layers
+    channels:int,       # in and out of each layer
     side:int,           # of their filters
-)->float:               # seconds per layer
+    count:int=8,        # layers
+)->float:               # seconds
     "Time of the gradient's length and of the step on `v` and `g`"
-    layers = [WNConv2d(channels, channels, side).to(memory_format=torch.channels_last) for _ in range(8)]
+    layers = [WNConv2d(channels, channels, side).to(memory_format=torch.channels_last) for _ in range(count)]
     params = [p for layer in layers for p in layer.parameters()]
     optimizer = WNSGD(params, layers, dtype, lr=1e-9, momentum=0.9)
     for layer in layers: layer.ready.grad = torch.zeros_like(layer.ready)
     def both():
         gradient_length(optimizer)
         optimizer.step()
-    return seconds_of(both, 'cpu', 20)/len(layers)
+    return seconds_of(both, 'cpu', 20)
 
 # %% ../nbs/06_roofline.ipynb #968b9134
 Machine = namedtuple('Machine', 'name device bandwidth flops kernels', defaults=({},))  # MB -> bytes/s; flop/s; slot -> `Ceiling`
@@ -277,12 +276,12 @@ def ceilings(
 )->dict[str,Ceiling]:   # slot -> ceiling of its kernel
     "What kernels of this CPU reach by themselves"
     by_channels = {c: map_rates(dtype, c) for c in (64, 256, 1024, 2048)}
-    bn, none, trelu, relu = map(call_seconds, (lambda: nn.BatchNorm2d(8), nn.Identity, lambda: OnePassTReLU(8), lambda: nn.ReLU(inplace=True)))
-    calls = dict(norm=bn-none, translated=trelu-relu)
+    bn, none, trelu, floor, relu = map(call_seconds, (lambda: nn.BatchNorm2d(8), nn.Identity, lambda: OnePassTReLU(8), NPFloor, lambda: nn.ReLU(inplace=True)))
+    calls = dict(norm=bn-none, translated=trelu-relu, floored=floor-relu)
     found = {slot: Ceiling({c: rates[slot] for c, rates in by_channels.items()}, calls[slot]/2) for slot in calls}
-    small, large = filter_step(dtype, 8, 1), filter_step(dtype, 256, 3)
-    rate = (9*256**2-64)/max(large-small, 1e-9)
-    return found | dict(filters=Ceiling({1: (rate, rate)}, small))
+    few, many, large = (filter_step(dtype, *sizes) for sizes in ((8, 1), (8, 1, 24), (256, 3)))
+    rate = 8*(9*256**2-64)/max(large-few, 1e-9)
+    return found | dict(filters=Ceiling({1: (rate, rate)}, (many-few)/16))
 
 def measure(
     precision:str,      # key of `WIDTH`

@@ -70,8 +70,8 @@ def test_what_a_scheme_moves_besides_by_hand(stock):
     weights, joins = int(parts.weights.sum()), parts[parts.kind.str.startswith('join')].outputs.sum()
     identity, acts = (parts[parts.kind == kind].outputs.sum() for kind in ('join', 'act'))
     assert total(parts, 'none', 'optimizer') == 4*6*weights and total(parts, 'wn', 'filters') == 4*9*weights
-    assert total(parts, 'none', 'join') == 4*4*(5+3)*joins and total(parts, 'np', 'join') == 4*4*((3+3)*joins+identity)
-    assert total(parts, 'trelu', 'translated') == 4*4*((3+3)*joins+2*identity+5*acts)
+    assert total(parts, 'none', 'join') == 4*4*(5+3)*joins and total(parts, 'np', 'floored') == 4*4*((3+3)*joins+5*acts)
+    assert total(parts, 'trelu', 'translated') == 4*4*((3+3)*joins+4*identity+5*acts)
     assert total(parts, 'trelu', 'filters') == total(parts, 'wn', 'filters')
     assert total(parts, 'torch_wn', 'weights') == 4*8*weights
     assert total(parts, 'wn', 'filters', precision='bf16') == 4*7.5*weights and total(parts, 'wn', 'casts', precision='bf16') == 0 < total(parts, 'none', 'casts', precision='bf16')
@@ -79,7 +79,7 @@ def test_what_a_scheme_moves_besides_by_hand(stock):
 
 def test_maps_grow_with_the_batch_and_weights_do_not(stock):
     parts = survey(stock, 32)
-    for slot, norm in (('norm', 'bn'), ('act', 'np'), ('translated', 'trelu'), ('fork', 'none')): assert total(parts, norm, slot, batch_size=8) == 2*total(parts, norm, slot)
+    for slot, norm in (('norm', 'bn'), ('floored', 'np'), ('translated', 'trelu'), ('fork', 'none')): assert total(parts, norm, slot, batch_size=8) == 2*total(parts, norm, slot)
     for slot, norm in (('filters', 'trelu'), ('weights', 'torch_wn')): assert total(parts, norm, slot, batch_size=8) == total(parts, norm, slot)
 
 def test_flops_are_those_of_the_convolutions(stock):
