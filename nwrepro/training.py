@@ -476,9 +476,10 @@ def fit(
             state = start(model, recipe, views, run, micro_batch, workers, eval_every, checkpoint_steps, checkpoint_minutes)
             state.asked = asked
             resume(state, show)
-            try: return to_the_end(state, show, watch)
-            except Interrupted as signal: stop(state, str(signal))
-            except RuntimeError as error:  # a signal to the whole group ends the loader's processes, and that may cut a step in two
+            try:
+                try: return to_the_end(state, show, watch)
+                except Interrupted as signal: stop(state, str(signal))
+            except RuntimeError as error:  # a signal to the whole group ends the loader's processes, and that may cut a step in two, or the saving of it
                 if not asked.number or 'DataLoader worker' not in str(error): raise
                 stop(state, str(error), whole=False)
     finally: release(run)

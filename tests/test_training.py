@@ -1,5 +1,5 @@
 "The loop: cut and resumed, run twice, diverging, and what it answers to bad input"
-import json, math, re, signal, subprocess, sys
+import json, math, os, re, signal, subprocess, sys
 import nbformat, pytest, torch
 import nwrepro.training
 from conftest import ROOT
@@ -10,7 +10,7 @@ from nwrepro.passes import Kernel
 from nwrepro.recipe import RULES, check_parameters, make_recipe, notebook_parameters
 from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
-from nwrepro.survival import HELD
+from nwrepro.survival import HELD, Interrupted
 from nwrepro.sweeps import evaluations
 from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, main, make_model, make_views, probe, recorded, seed_step, start, train_step, trained, what_broke
 
@@ -249,3 +249,13 @@ torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 nwrepro.training FAILED"""
     assert what_broke(log) == 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB'
     assert what_broke('torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nmain FAILED') is None
+
+def test_a_loader_that_dies_while_the_last_step_is_saved_is_an_interruption(tmp_path, monkeypatch):
+    given = SMALL | dict(norm='wn', precision='fp32')
+    recipe = make_recipe(given, digits)
+    run = begin_run(recipe, digits, given, tmp_path)
+    def die(state): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
+    monkeypatch.setattr('nwrepro.training.checkpoint', die)
+    with pytest.raises(Interrupted, match='cut it short'):
+        fit(make_model(recipe, 10), make_views(recipe, digits), recipe, run, show=lambda line: os.kill(os.getpid(), signal.SIGTERM))
+    assert run.status == 'interrupted'
