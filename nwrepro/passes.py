@@ -54,14 +54,13 @@ class Floor(Function):
         else: join_floor(x.data, shortcut.data, factor, FLOOR_IN[x.dtype])
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
-        ctx.joins = shortcut is not None
         return x
     @staticmethod
     @once_differentiable
     def backward(ctx, g):
         y, = ctx.saved_tensors
         dx = torch.ops.aten.threshold_backward(g, y, FLOOR_IN[y.dtype])
-        return dx, dx if ctx.joins else None, None
+        return dx, dx if ctx.needs_input_grad[1] else None, None
 
 class Fork(Function):
     "A map for both branches of a block; the gradient from the second lacks the factor that the map has at the join, and gets it here"
@@ -153,8 +152,8 @@ class TranslatedReLU(Function):
     "max(x, alpha), max(x + shortcut, alpha) or max(x + b*shortcut, alpha), written into `x`; the gradient of the shortcut comes without `b`, which `WeighedFork` puts on it"
     @staticmethod
     def forward(ctx, x, alpha, shortcut, b):
-        ctx.joins, threshold = shortcut is not None, on_channels(alpha, x)
-        if ctx.joins: join_trelu(x.data, shortcut.data, b if b is None else on_channels(b, x), threshold)
+        threshold = on_channels(alpha, x)
+        if shortcut is not None: join_trelu(x.data, shortcut.data, b if b is None else on_channels(b, x), threshold)
         else: x.data.clamp_(min=threshold)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x, alpha)
@@ -165,7 +164,7 @@ class TranslatedReLU(Function):
         y, alpha = ctx.saved_tensors
         dx = torch.empty_like(y)
         dalpha = trelu_backward(dx, like(g, y), y.data, on_channels(alpha, y))
-        return dx, dalpha.to(alpha.dtype), dx if ctx.joins else None, None
+        return dx, dalpha.to(alpha.dtype), dx if ctx.needs_input_grad[2] else None, None
 
 class WeighedFork(Function):
     "A map for both branches of a block; the gradient from the second lacks the weight `b` that the map has at the join, and gets it here, as `b` gets its own"

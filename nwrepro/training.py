@@ -181,7 +181,7 @@ def gradient(
     x:torch.Tensor,         # this process's share of the images, `[N, 3, S, S]` float32
     y:torch.Tensor,         # labels, `[N]` int64
 )->list:                    # loss and hits, summed over the share, and its size
-    "The gradient of the mean loss of the whole batch, from micro-batches and processes"
+    "The gradient of the mean loss of the whole batch, from micro-batches and processes, in place of the one that was there"
     sums, parts = numpy.zeros(2), list(zip(x.split(state.micro), y.to(state.accelerator.device).split(state.micro), strict=True))
     for k, (x, y_part) in enumerate(parts, 1):
         seed_step(state, k-1)
