@@ -10,7 +10,7 @@ __all__ = ['INITS', 'blocks', 'layer_parts', 'he_length', 'set_filters', 'he_dir
 import math
 import torch
 from torch import nn
-from .layers import filter_lengths
+from .layers import filter_norms
 
 # %% ../nbs/01_init.ipynb #4c1b6b21
 def blocks(
@@ -50,7 +50,7 @@ def set_filters(
     bias:torch.Tensor|float=0.,  # shift, `[out]` or one for all
 )->None:
     "Give `layer` filters of a direction and effective length; `v` gets He's length"
-    unit = direction/filter_lengths(direction).view(-1, *[1]*(direction.ndim-1))
+    unit = direction/filter_norms(direction).view(-1, *[1]*(direction.ndim-1))
     g = torch.as_tensor(g, dtype=unit.dtype, device=unit.device).expand(len(unit))
     if hasattr(layer, 'v'):
         layer.v.copy_(unit*he_length(layer))

@@ -59,13 +59,12 @@ def make_accelerator(
 def wrapped(
     accelerator:Accelerator,  # as `make_accelerator` returns it
     model:nn.Module,          # network, on its device
-    optimizer,                # of its parameters
-)->tuple:                     # both, as training calls them
-    "Network and optimizer for several processes; for one, though torchrun started it, what they were"
-    if accelerator.num_processes == 1: return model, accelerator.prepare(optimizer)
+)->nn.Module:                 # as training calls it
+    "A network for several processes; for one, though torchrun started it, what it was"
+    if accelerator.num_processes == 1: return model
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated')  # NOTE: accelerate knows no other name for it yet
-        return accelerator.prepare(model, optimizer)
+        return accelerator.prepare(model)
 
 # %% ../nbs/05_processes.ipynb #8e40fd6b
 def torchrun(

@@ -15,10 +15,8 @@ import numpy, pandas, torch
 import torch.nn.functional as F
 from torch import nn
 from .init import blocks
-from .layers import WNConv2d
-from .optimizer import WNSGD, gradient_length
-from .passes import NPFloor, OnePassTReLU, trelu_backward
-from .probes import direction, evaluating
+from .fast import FusedNPReLU, FusedTReLU, WNSGD, compiled, trelu_backward
+from .probes import direction, evaluating, grad_length
 
 # %% ../nbs/06_roofline.ipynb #a5536fae
 Part = namedtuple('Part', 'layer kind inputs outputs weights channels macs')  # sizes per image: elements, elements, filters' elements, multiplications
@@ -78,13 +76,12 @@ def flops(
 
 # %% ../nbs/06_roofline.ipynb #657494ed
 _STEP = dict(act=(1, 1, 2, 1), join=(3, 2, 2, 1), fork=(0, 0, 2, 1), optimizer=(4, 2))
-_READY = dict(ready=True, optimizer=(6, 3))  # the optimizer leaves the weight ready for the convolution, slot 'filters'
 PASSES = dict(
     none=_STEP | dict(bias=True),
     bn=_STEP | dict(norm=dict(cpu=(3, 1, 4, 1), cuda=(2, 1, 4, 1))),
-    wn=_STEP | _READY | dict(bias=True),
-    np=_STEP | _READY | dict(bias=True, act_slot='floored', join=(2, 1, 2, 1)),
-    trelu=_STEP | _READY | dict(act_slot='translated', join=(2, 1, 2, 1), weighed_fork=(0, 0, 3, 1)),
+    wn=_STEP | dict(bias=True, filters=True),
+    np=_STEP | dict(bias=True, filters=True, act_slot='np', join=(2, 1, 2, 1)),
+    trelu=_STEP | dict(filters=True, act_slot='trelu', join=(2, 1, 3, 2), join_down=(3, 2, 2, 1)),
     torch_wn=_STEP | dict(bias=True, weights=(3, 1, 3, 1)),
 )
 BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added inside it on a CPU, after it by cuDNN
@@ -132,17 +129,16 @@ def part_work(
     does, s = PASSES[norm], WIDTH[precision]
     mine, n = WIDTH['fp64' if precision == 'fp64' else 'fp32'], batch_size*row.outputs
     if row.kind in ('act', 'join', 'join_down'):
-        kind, weighed = row.kind.removesuffix('_down'), row.kind == 'join' and 'weighed_fork' in does
-        fork = [] if kind == 'act' else passes(row, 'translated' if weighed else 'fork', does['weighed_fork' if weighed else 'fork'], batch_size*row.inputs, s)
-        return passes(row, does.get('act_slot', kind), does[kind], n, s) + fork
+        kind = row.kind.removesuffix('_down')
+        fork = [] if kind == 'act' else passes(row, 'fork', does['fork'], batch_size*row.inputs, s)
+        return passes(row, does.get('act_slot', kind), does.get(row.kind, does[kind]), n, s) + fork
     if row.kind == 'pool': return passes(row, 'pool', (1, 0, 0, 1), batch_size*row.inputs, s) + passes(row, 'pool', (0, 1, 1, 0), n, s+8)  # and the places of the maxima, int64
-    work, half = conv_work(row, batch_size, precision, first), 'ready' in does and precision == 'bf16'
-    if half: work = [w for w in work if w.slot != 'casts']
+    work = conv_work(row, batch_size, precision, first)
     if row.kind != 'linear':
         if 'norm' in does: work += passes(row, 'norm', does['norm'][device], n, s)
         if 'bias' in does: work += passes(row, 'bias', BIAS[device], n, s)
     if 'weights' in does: work += passes(row, 'weights', does['weights'], row.weights, mine)
-    return work + [w._replace(part='optimizer') for w in passes(row, 'filters' if 'ready' in does else 'optimizer', (*((5, 2.5) if half else does['optimizer']), 0, 0), row.weights, mine)]  # gradient and ready weight in half the bytes
+    return work + [w._replace(part='optimizer') for w in passes(row, 'filters' if 'filters' in does else 'optimizer', (*does['optimizer'], 0, 0), row.weights, mine)]
 
 # %% ../nbs/06_roofline.ipynb #6a5a90d2
 def step_work(
@@ -231,12 +227,12 @@ def map_rates(
     x = torch.randn(elements//channels//64, channels, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     width = torch.promote_types(dtype, torch.float32)  # of a layer's own numbers
     one, zero, old = torch.ones(channels, dtype=width), torch.zeros(channels, dtype=width), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
-    dx, alpha = torch.empty_like(x), torch.zeros(channels, 1, 1, dtype=dtype)
+    alpha = torch.zeros(channels, dtype=width)
     def norm(): torch.ops.aten.native_batch_norm(x, one, zero, zero.clone(), one.clone(), True, 0.1, 1e-5)
     def norm_back(): torch.ops.aten.native_batch_norm_backward(x, next(old), one, zero, one, zero, one, True, 1e-5, [True]*3)
-    def translated_back(): trelu_backward(dx, x, next(old), alpha)
-    norm, norm_back, translated_back = (elements/seconds_of(f, 'cpu', 100) for f in (norm, norm_back, translated_back))
-    return dict(norm=(norm, norm_back), translated=(float('inf'), translated_back), floored=(float('inf'), float('inf')))
+    def trelu_back(): compiled(trelu_backward)(x, next(old), alpha)
+    norm, norm_back, trelu_back = (elements/seconds_of(f, 'cpu', 100) for f in (norm, norm_back, trelu_back))
+    return dict(norm=(norm, norm_back), trelu=(float('inf'), trelu_back), np=(float('inf'), float('inf')))
 
 # %% ../nbs/06_roofline.ipynb #b8e7509e
 def call_seconds(
@@ -253,18 +249,17 @@ def call_seconds(
 
 # %% ../nbs/06_roofline.ipynb #bead0715
 def filter_step(
-    dtype:torch.dtype,  # of the convolution
+    dtype:torch.dtype,  # of the weights
     channels:int,       # in and out of each layer
     side:int,           # of their filters
     count:int=8,        # layers
 )->float:               # seconds
-    "Time of the gradient's length and of the step on `v` and `g`"
-    layers = [WNConv2d(channels, channels, side).to(memory_format=torch.channels_last) for _ in range(count)]
-    params = [p for layer in layers for p in layer.parameters()]
-    optimizer = WNSGD(params, layers, dtype, lr=1e-9, momentum=0.9)
-    for layer in layers: layer.ready.grad = torch.zeros_like(layer.ready)
+    "Time of the gradient norm and of the step on `v` and `g`"
+    weights = [nn.Conv2d(channels, channels, side, dtype=dtype).to(memory_format=torch.channels_last).weight for _ in range(count)]
+    optimizer = WNSGD([dict(params=weights, weight_norm='affine')], lr=1e-9, momentum=0.9, compile=True)
+    for w in weights: w.grad = torch.zeros_like(w)
     def both():
-        gradient_length(optimizer)
+        grad_length(weights)
         optimizer.step()
     return seconds_of(both, 'cpu', 20)
 
@@ -276,10 +271,10 @@ def ceilings(
 )->dict[str,Ceiling]:   # slot -> ceiling of its kernel
     "What kernels of this CPU reach by themselves"
     by_channels = {c: map_rates(dtype, c) for c in (64, 256, 1024, 2048)}
-    bn, none, trelu, floor, relu = map(call_seconds, (lambda: nn.BatchNorm2d(8), nn.Identity, lambda: OnePassTReLU(8), NPFloor, lambda: nn.ReLU(inplace=True)))
-    calls = dict(norm=bn-none, translated=trelu-relu, floored=floor-relu)
+    bn, none, trelu, np, relu = map(call_seconds, (lambda: nn.BatchNorm2d(8), nn.Identity, lambda: FusedTReLU(8), FusedNPReLU, lambda: nn.ReLU(inplace=True)))
+    calls = dict(norm=bn-none, trelu=trelu-relu, np=np-relu)
     found = {slot: Ceiling({c: rates[slot] for c, rates in by_channels.items()}, calls[slot]/2) for slot in calls}
-    few, many, large = (filter_step(dtype, *sizes) for sizes in ((8, 1), (8, 1, 24), (256, 3)))
+    few, many, large = (filter_step(torch.float64 if dtype == torch.float64 else torch.float32, *sizes) for sizes in ((8, 1), (8, 1, 24), (256, 3)))
     rate = 8*(9*256**2-64)/max(large-few, 1e-9)
     return found | dict(filters=Ceiling({1: (rate, rate)}, (many-few)/16))
 

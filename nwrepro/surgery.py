@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'STOCK', 'keep', 'no_norm', 'batch_norm', 'with_bias', 'relu', 'strict', 'Scheme', 'JoinBlock',
-           'renew_ends', 'period_strides', 'has_period_strides', 'swap', 'join_branches', 'scale_outputs',
-           'check_slots', 'choose', 'check_resnet', 'convert', 'parameter_roles', 'plain_layer', 'fold', 'norm_name',
-           'norm_state', 'to_timm']
+           'period_strides', 'has_period_strides', 'swap', 'join_branches', 'choose', 'check_resnet', 'convert',
+           'parameter_roles', 'plain_layer', 'fold', 'norm_name', 'norm_state', 'to_timm']
 
 # %% ../nbs/02_surgery.ipynb #3817ab18
 import copy
@@ -19,8 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm.layers import DropBlock2d, DropPath
 from timm.models.resnet import ResNet
 from .init import INITS, blocks, zero_last
-from .layers import GhostBatchNorm2d, WNConv2d, renew_ready, weight_normalize
-from .passes import AT_JOIN, NPFloor, NPJoin, OnePassTReLU, WNJoin, end_branch, scale_output
+from .layers import GhostBatchNorm2d, NPAdd, NPReLU, TReLU, WNAdd, weight_normalize
 
 # %% ../nbs/02_surgery.ipynb #8e932a92
 def keep(
@@ -67,7 +65,7 @@ def relu(
 # %% ../nbs/02_surgery.ipynb #7fb89f76
 def strict(
     conv:nn.Conv2d,  # stock convolution
-)->nn.Module:        # unit-length filters, no bias
+)->nn.Module:        # filters of unit norm, no bias
     "Strictly weight-normalised convolution, Xiang & Li 2017"
     return weight_normalize(conv, affine=False)
 
@@ -78,7 +76,7 @@ class Scheme:
     conv:Callable = keep             # nn.Conv2d -> module
     norm:Callable = batch_norm       # nn.BatchNorm2d -> module
     act:Callable = relu              # channels -> module
-    join:Callable|None = None        # channels -> module of (residual, shortcut), and of the activation too if it says `activates`; None = plain sum
+    join:Callable|None = None        # channels -> module of (residual, shortcut); None = plain sum
     head:Callable = keep             # nn.Linear -> module
     inits:tuple = ('torch',)         # accepted names in `INITS`, the first is the default
 
@@ -88,14 +86,14 @@ SCHEMES = dict(
     bn=Scheme(),
     none=Scheme(conv=with_bias, norm=no_norm, inits=_inits),
     wn=Scheme(conv=weight_normalize, norm=no_norm, head=weight_normalize, inits=_inits),
-    np=Scheme(conv=weight_normalize, norm=no_norm, act=lambda channels: NPFloor(), join=lambda channels: NPJoin(),
+    np=Scheme(conv=weight_normalize, norm=no_norm, act=lambda channels: NPReLU(), join=lambda channels: NPAdd(),
               head=weight_normalize, inits=('np',)),
-    trelu=Scheme(conv=strict, norm=no_norm, act=OnePassTReLU, join=WNJoin, head=weight_normalize, inits=('torch', 'even')),
+    trelu=Scheme(conv=strict, norm=no_norm, act=TReLU, join=WNAdd, head=weight_normalize, inits=('torch', 'even')),
 )
 
 # %% ../nbs/02_surgery.ipynb #43b2a043
 class JoinBlock(nn.Module):
-    "A timm residual block whose branches meet in the module `join`"
+    "A timm residual block whose residual and shortcut are added by the module `join`"
     def __init__(self,
         block:nn.Module,  # timm BasicBlock or Bottleneck; its children are taken over
         join:nn.Module,   # module of (residual, shortcut), both `[N, C, H, W]`
@@ -103,30 +101,15 @@ class JoinBlock(nn.Module):
         super().__init__()
         for name, child in block.named_children(): self.add_module(name, child)
         self.last_conv, self.last_act = ('conv3', 'act3') if hasattr(block, 'conv3') else ('conv2', 'act2')
-        self.branch = [name for name in self._modules if name not in (self.last_act, 'downsample')]
+        self.residual = [name for name in self._modules if name not in (self.last_act, 'downsample', 'join')]
         self.join = join
-        if getattr(join, 'activates', False): setattr(self, self.last_act, nn.Identity())
-        if hasattr(join, 'weights'):
-            for which, conv in enumerate(self.ends()): end_branch(conv, join, which)
-            self.register_load_state_dict_post_hook(renew_ends)
-    def ends(self)->list[nn.Module]:  # the last convolution of the residual, and that of the shortcut if it has one
-        return [getattr(self, self.last_conv), *(m for m in self._modules.get('downsample', ()) if isinstance(m, nn.Conv2d))]
-    def residual(self,
-        x:torch.Tensor,  # `[N, in, H, W]`
-    )->torch.Tensor:     # `[N, out, H', W']`
-        for name in self.branch: x = getattr(self, name)(x)
-        return x
     def forward(self,
         x:torch.Tensor,  # `[N, in, H, W]`
     )->torch.Tensor:     # `[N, out, H', W']`
-        if hasattr(self.join, 'around') and 'downsample' not in self._modules: return self.join.around(self.residual, x)
-        residual, shortcut = self.residual(x), x
-        for m in self._modules.get('downsample', ()): shortcut = m(shortcut)
+        residual = shortcut = x
+        for name in self.residual: residual = getattr(self, name)(residual)
+        if hasattr(self, 'downsample'): shortcut = self.downsample(shortcut)
         return getattr(self, self.last_act)(self.join(residual, shortcut))
-
-def renew_ends(block, keys):  # the join, which has the lengths of their filters, is loaded after its convolutions
-    for conv in block.ends():
-        if isinstance(conv, WNConv2d): renew_ready(conv, keys)
 
 # %% ../nbs/02_surgery.ipynb #6609a030
 def period_strides(
@@ -170,30 +153,6 @@ def join_branches(
         for k, block in enumerate(stage):
             last = block.conv3 if hasattr(block, 'conv3') else block.conv2
             stage[k] = JoinBlock(block, join(last.out_channels))
-
-# %% ../nbs/02_surgery.ipynb #3e7a90d4
-def scale_outputs(
-    model:nn.Module,  # with normalised ReLUs, changed in place
-)->None:
-    "Let the convolutions of `np` do what is [scaled and shifted](00_passes.ipynb) before its activations"
-    for m in model.modules():
-        if isinstance(m, WNConv2d): scale_output(m)
-    for block in [m for m in model.modules() if isinstance(m, JoinBlock)]:
-        scale_output(getattr(block, block.last_conv), AT_JOIN)
-        for m in block._modules.get('downsample', ()):
-            if isinstance(m, WNConv2d): scale_output(m, AT_JOIN, shifts=False)
-
-# %% ../nbs/02_surgery.ipynb #5urg0002
-def check_slots(
-    model:nn.Module,  # with all slots filled
-)->None:
-    "ValueError where slots need others than they have"
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    scaled = [any(isinstance(m, kind) for m in model.modules()) for kind in (NPFloor, NPJoin)]
-    if any(scaled) and not (all(scaled) and all(isinstance(m, WNConv2d) and m.bias is not None for m in convs) and not any(isinstance(m, (DropPath, DropBlock2d)) for m in model.modules())):
-        raise ValueError('NPFloor and NPJoin leave scale and shift to the convolutions: they go together, with conv=weight_normalize, and without DropPath or DropBlock; '
-                         'take NPReLU as act and NPAdd as join otherwise')
-
 
 # %% ../nbs/02_surgery.ipynb #a0ea0098
 def choose(
@@ -242,8 +201,6 @@ def convert(
     if strides == 'v1': period_strides(model)
     with torch.random.fork_rng(devices=[]): swap(model, slots)  # making layers draws numbers; the start must not depend on how many
     if slots.join: join_branches(model, slots.join)
-    check_slots(model)
-    if any(isinstance(m, NPJoin) for m in model.modules()): scale_outputs(model)
     for m in model.modules():
         if isinstance(m, GhostBatchNorm2d):
             m.bn_batch, m.eps = bn_batch, bn_eps
@@ -263,7 +220,6 @@ def parameter_roles(
         normalizes = 'norm' in type(module).__name__.lower()
         rename = dict(weight='w', bias='b') if layer else dict(weight='gamma', bias='beta') if normalizes else {}
         for name, _ in module.named_parameters(recurse=False):
-            if name == 'ready': continue  # made of `v` and `g`
             roles[f'{path}.{name}' if path else name] = rename.get(name, name)
     return roles
 
@@ -271,25 +227,23 @@ def parameter_roles(
 @torch.no_grad()
 def plain_layer(
     layer:nn.Conv2d|nn.Linear,  # layer of any scheme
-)->nn.Module:                   # `nn.Conv2d` or `nn.Linear` with a bias
+)->nn.Module:                   # `nn.Conv2d` or `nn.Linear`
     "The plain layer that computes what `layer` does; ValueError for a layer of another kind that does not tell its weight as `w`"
     if not hasattr(layer, 'w') and type(layer) not in (nn.Conv2d, nn.Linear):
         raise ValueError(f'{type(layer).__name__} may make its weight in a way of its own: give it a property `w`, the weight that it computes with')
-    if isinstance(layer, nn.Linear): new = nn.Linear(layer.in_features, layer.out_features)
+    weight, on_meta = layer.w if hasattr(layer, 'w') else layer.weight, dict(bias=layer.bias is not None, device='meta')  # no numbers are drawn
+    if isinstance(layer, nn.Linear): new = nn.Linear(layer.in_features, layer.out_features, **on_meta)
     else: new = nn.Conv2d(layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding, layer.dilation,
-                          layer.groups, padding_mode=layer.padding_mode)
-    weight = layer.w if hasattr(layer, 'w') else layer.weight
-    new = new.to(weight).train(layer.training)
+                          layer.groups, padding_mode=layer.padding_mode, **on_meta)
     new.weight = nn.Parameter(weight.clone())  # keeps its memory format
-    bias = layer.b if hasattr(layer, 'b') else layer.bias
-    new.bias.zero_() if bias is None else new.bias.copy_(bias)
-    return new
+    if layer.bias is not None: new.bias = nn.Parameter(layer.bias.clone())
+    return new.train(layer.training)
 
 # %% ../nbs/02_surgery.ipynb #8f73a2be
 @torch.no_grad()
 def fold(
     model:nn.Module,  # converted timm ResNet; left untouched
-)->nn.Module:         # plain convolutions with bias, in evaluation mode
+)->nn.Module:         # plain convolutions, in evaluation mode
     "The network to deploy: the same logits, no normalization left; ValueError if one can't be folded"
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
@@ -317,16 +271,17 @@ def norm_name(
 # %% ../nbs/02_surgery.ipynb #6cf7b140
 def norm_state(
     norm:nn.Module,       # what stands in the slot: batch normalization or nothing
-    conv:nn.Module,       # the convolution before it
+    bias:torch.Tensor|None,  # of the convolution before it, `[C]`
+    channels:int,         # `C`
     eps:float=1e-5,       # variance floor of the stock network
 )->dict:                  # state of a stock `nn.BatchNorm2d` that does the same in evaluation mode
     "Batch-normalization state for one slot; another eps is moved into the variance"
-    plain = plain_layer(conv)
-    ones = torch.ones_like(plain.bias)
+    bias = torch.zeros(channels) if bias is None else bias.detach()
+    ones = torch.ones_like(bias)
     if isinstance(norm, nn.BatchNorm2d):
         state = dict(norm.state_dict())
-        return state | dict(running_mean=state['running_mean']-plain.bias, running_var=state['running_var']+norm.eps-eps)
-    return dict(weight=ones, bias=plain.bias.detach(), running_mean=0*ones, running_var=ones-eps, num_batches_tracked=torch.tensor(0))
+        return state | dict(running_mean=state['running_mean']-bias.to(state['running_mean']), running_var=state['running_var']+norm.eps-eps)
+    return dict(weight=ones, bias=bias.clone(), running_mean=0*ones, running_var=ones-eps, num_batches_tracked=torch.tensor(0))
 
 # %% ../nbs/02_surgery.ipynb #e1be8868
 @torch.no_grad()
@@ -343,5 +298,5 @@ def to_timm(
         if not isinstance(layer, (nn.Conv2d, nn.Linear)): continue
         state[f'{name}.weight'] = plain_layer(layer).weight.detach()
         if isinstance(layer, nn.Linear): state[f'{name}.bias'] = layer.bias.detach().clone()
-        else: state |= {f'{norm_name(name)}.{k}': v for k, v in norm_state(modules[norm_name(name)], layer).items()}
+        else: state |= {f'{norm_name(name)}.{k}': v for k, v in norm_state(modules[norm_name(name)], layer.bias, layer.out_channels).items()}
     return state

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['Split', 'PACE', 'EXITS', 'make_views', 'first_images', 'make_model', 'make_optimizer', 'warmup_steps',
-           'make_schedule', 'pace_of', 'start', 'logits_of', 'seed_step', 'gradient', 'train_step', 'share', 'tally',
-           'evaluate', 'probe', 'checkpoint', 'resume', 'due', 'at_most_every', 'log_train', 'log_eval', 'recorded',
-           'steps_of_epoch', 'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop', 'fit', 'about',
-           'changed', 'same_images', 'begin_run', 'trained', 'what_broke', 'fit_on_many', 'own_run', 'prepare', 'train',
-           'parser', 'main']
+           'make_schedule', 'pace_of', 'start', 'logits_of', 'seed_step', 'gradient', 'train_step', 'share', 'readable',
+           'tally', 'evaluate', 'probe', 'checkpoint', 'last_state', 'resume', 'due', 'at_most_every', 'log_train',
+           'log_eval', 'recorded', 'steps_of_epoch', 'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop',
+           'final_weights', 'load_result', 'fit', 'about', 'changed', 'same_images', 'begin_run', 'recipe_of',
+           'trained', 'what_broke', 'load_checkpoint', 'fit_on_many', 'own_run', 'prepare', 'train', 'parser', 'main']
 
 # %% ../nbs/06_training.ipynb #c3b2d7f3
 import argparse
+import copy
 import os
 import math
 import re
@@ -34,11 +35,10 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.utils import accuracy
 from torch import nn
 from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines, shown
-from .optimizer import WNSGD, clip_gradient, gradient_length, normalised
-from .passes import Kernel
+from .fast import WNSGD, compiler_works, copy_norms, fast_form, plain_weights, readable_layers, write_back
 from .processes import Onlooker, alike, by_all, divide, first_line, from_first, lost, make_accelerator, meet, merge_statistics, running, together, torchrun, tracked, wrapped
-from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, layer_outputs, rounded, weight_lengths
-from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
+from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, grad_length, layer_outputs, rounded, weight_lengths
+from .recipe import DEFAULTS, RECIPES, RULES, Recipe, check_parameters, make_recipe
 from .runs import RESULTS, Record, Run, provenance, read_metrics, run_name, write_atomic
 from .surgery import check_resnet, convert, parameter_roles
 from .survival import Interrupted, Requests, begun_with, caught, changes, drop_states, hold, interrupts, load_state, plainly, release, save_state, stop_if
@@ -89,15 +89,23 @@ def make_model(
 
 # %% ../nbs/06_training.ipynb #4958094a
 def make_optimizer(
-    model:nn.Module,  # network of any scheme; its weight-normalised layers are handed over
-    recipe:Recipe,    # momentum, lr, weight_decay, decay_on
-)->WNSGD:             # two parameter groups: decaying, not decaying
+    fast:nn.Module,      # as `fast_form` made it; its parameters are trained
+    model:nn.Module,     # of that network, of any scheme; its parameters have the roles
+    recipe:Recipe,       # momentum, lr, weight_decay, decay_on
+    compile:bool=False,  # compile the step
+)->WNSGD:                # a group for each kind of weight and decay
     "SGD with weight decay on the roles that the recipe names"
-    roles, decay = parameter_roles(model), recipe.decay_on.split('+')
-    groups = {True: [], False: []}
-    for name, p in model.named_parameters(): groups[recipe.decay_on == 'all' or roles[name] in decay].append(p)
-    return WNSGD([dict(params=groups[True], weight_decay=recipe.weight_decay), dict(params=groups[False], weight_decay=0.)],
-                 normalised(model), torch.bfloat16 if recipe.precision == 'bf16' else None, lr=recipe.lr, momentum=recipe.momentum, fused=True)
+    roles, names, groups = parameter_roles(model), recipe.decay_on.split('+'), {}
+    def decay(role): return recipe.weight_decay if recipe.decay_on == 'all' or role in names else 0.
+    plain = {f'{name}.weight': layer for name, (_, layer) in plain_weights(fast, model).items()}
+    for name, p in fast.named_parameters():
+        if name not in plain: kind = dict(weight_decay=decay(roles[name]))
+        elif plain[name].g is None: kind = dict(weight_norm='strict', weight_decay_v=decay('v'))
+        else: kind = dict(weight_norm='affine', weight_decay_v=decay('v'), weight_decay_g=decay('g'), train_g=plain[name].g.requires_grad)
+        groups.setdefault(str(kind), dict(kind, params=[]))['params'].append(p)
+    optimizer = WNSGD(groups.values(), recipe.lr, recipe.momentum, compile=compile)
+    copy_norms(optimizer, fast, model)
+    return optimizer
 
 # %% ../nbs/06_training.ipynb #b5a5a22e
 def warmup_steps(
@@ -138,30 +146,33 @@ def start(
     eval_every:int=1, # epochs between evaluations
     checkpoint_steps:int|None=None,     # steps between checkpoints; None = by minutes only
     checkpoint_minutes:float=math.inf,  # minutes between checkpoints
-)->SimpleNamespace:   # model, optimizer, schedule, rule, step, seconds, ... of a run
+    keep=None,        # names of layers that are trained in their readable form; None = those that need it
+)->SimpleNamespace:   # model, fast, optimizer, schedule, rule, step, seconds, ... of a run
     "Put a run together on this machine's device"
-    Kernel.wanted = recipe.compile != 'off'  # before anything is computed, or the run before this one would decide
     team, accelerator = meet(), make_accelerator()
-    sgd = make_optimizer(model.to(accelerator.device), recipe)
-    forward, optimizer = wrapped(accelerator, model, sgd)  # among several processes `forward` is `model` in a wrapper
-    if recipe.compile == 'network': forward.compile()
-    return SimpleNamespace(team=team, accelerator=accelerator, model=model, forward=forward, optimizer=optimizer, sgd=sgd, schedule=make_schedule(optimizer, recipe, views.batches),
+    compile = recipe.compile != 'off' and compiler_works()
+    fast = fast_form(model.to(accelerator.device), compile and recipe.compile == 'kernels', keep)
+    optimizer = make_optimizer(fast, model, recipe, compile)
+    forward = wrapped(accelerator, fast)  # among several processes `forward` is `fast` in a wrapper
+    if compile and recipe.compile == 'network': forward.compile()
+    return SimpleNamespace(team=team, accelerator=accelerator, model=model, fast=fast, forward=forward, optimizer=optimizer, schedule=make_schedule(optimizer, recipe, views.batches),
                            recipe=recipe, views=views, run=run, rule=Watch(model.num_classes), probe=first_images(views.train_eval, 32),
-                           micro=divide(recipe, team.num_processes, micro_batch), statistics=tracked(model) if team.num_processes > 1 else [],
+                           micro=divide(recipe, team.num_processes, micro_batch), statistics=tracked(fast) if team.num_processes > 1 else [],
                            workers=workers, eval_every=eval_every, step=0, seconds=dict(train=0., wall=0.), sums=torch.zeros(3, dtype=torch.float64),
                            asked=Requests(), wishes=(0, 0), checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes,
                            clock=time.perf_counter(), saved_at=time.monotonic())
 
 # %% ../nbs/06_training.ipynb #ed84f093
 def logits_of(
-    state:SimpleNamespace,  # a run under way
-    x:torch.Tensor,         # images, `[N, 3, S, S]` float32, anywhere
-)->torch.Tensor:            # logits, `[N, classes]`, in at least float32
+    network:nn.Module,  # of any scheme
+    x:torch.Tensor,     # images, `[N, 3, S, S]` float32, anywhere
+    recipe:Recipe,      # precision, channels_last
+)->torch.Tensor:        # logits, `[N, classes]`, in at least float32
     "Forward pass in the recipe's precision and memory format"
-    recipe, device = state.recipe, state.accelerator.device
+    device = next(network.parameters()).device
     x = x.to(device, dtype=torch.float64 if recipe.precision == 'fp64' else torch.float32, non_blocking=True)
     if recipe.channels_last: x = x.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'): logits = state.forward(x)
+    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'): logits = network(x)
     return logits.float() if logits.dtype == torch.bfloat16 else logits
 
 # %% ../nbs/06_training.ipynb #8dd151c4
@@ -186,7 +197,7 @@ def gradient(
     for k, (x, y_part) in enumerate(parts, 1):
         seed_step(state, k-1)
         with nullcontext() if k == len(parts) else state.accelerator.no_sync(state.forward):
-            logits = logits_of(state, x)
+            logits = logits_of(state.forward, x, state.recipe)
             loss = F.cross_entropy(logits, y_part, label_smoothing=state.recipe.label_smoothing)
             if k == 1: state.optimizer.zero_grad()  # no sooner: the new gradient is to take the memory of the old one, or it must be asked for anew
             state.accelerator.backward(loss*(len(x)/len(y)))
@@ -201,14 +212,13 @@ def train_step(
 )->str|None:                # reason why the run diverged, or None
     "One step of SGD, unless loss or gradient say that the run has diverged"
     state.schedule.step_update(state.step)
-    state.model.train()
+    state.fast.train()
     before = [torch.cat(running(state.statistics)), state.statistics[0].num_batches_tracked.item()] if state.statistics else None
     sums, state.wishes = together(state.team, gradient(state, x, y), [state.asked.number or 0, time.monotonic()-state.saved_at >= 60*state.checkpoint_minutes])
     if before: merge_statistics(state.team, state.statistics, before[0], state.statistics[0].num_batches_tracked.item()-before[1])
-    length = gradient_length(state.sgd)
-    reason = state.rule.step(sums[0]/sums[2], length.item())
+    reason = state.rule.step(sums[0]/sums[2], grad_length(state.fast.parameters()).item())
     if reason: return reason
-    if state.recipe.grad_clip: clip_gradient(state.sgd, state.recipe.grad_clip, length)
+    if state.recipe.grad_clip: state.optimizer.clip_grad_norm_(state.recipe.grad_clip)
     state.optimizer.step()
     state.sums += torch.tensor(sums, dtype=torch.float64)
     state.step += 1
@@ -222,6 +232,14 @@ def share(
     "The images of this process"
     return loader(views, *args, workers=state.workers, process=state.team.process_index, processes=state.team.num_processes, **kwargs)
 
+def readable(
+    state:SimpleNamespace,  # a run under way
+)->nn.Module:               # in evaluation mode
+    "The readable network with the weights of this moment, a copy"
+    network = copy.deepcopy(state.model)
+    write_back(state.fast, network, state.optimizer)
+    return network.eval()
+
 # %% ../nbs/06_training.ipynb #5f457b3c
 def tally(
     logits:torch.Tensor,    # `[N, classes]`
@@ -234,13 +252,13 @@ def tally(
 @torch.no_grad()
 def evaluate(
     state:SimpleNamespace,  # a run under way
+    network:nn.Module,      # as `readable` makes it
     views:Views,            # images, un-augmented
 )->tuple:                   # dict(loss, top1, top5 in percent), list of (index, label, prediction)
     "Loss and accuracy in evaluation mode, every image once"
-    state.model.eval()
     total, rows, alone = numpy.zeros(3), [], state.team.num_processes == 1
     for x, y, i in share(state, views, batch_size=max(state.recipe.batch_size, 64), shuffle=False, drop_last=False):
-        logits, y = logits_of(state, x), y.to(state.accelerator.device)
+        logits, y = logits_of(network, x, state.recipe), y.to(state.accelerator.device)
         total += tally(logits, y)
         rows += zip(i.tolist(), y.tolist(), logits.argmax(1).tolist(), strict=True)
         if alone: state.asked.stop_here()
@@ -253,34 +271,46 @@ def evaluate(
 # %% ../nbs/06_training.ipynb #56192ea4
 def probe(
     state:SimpleNamespace,  # a run under way
+    network:nn.Module,      # as `readable` makes it
 )->dict:                    # layer outputs, weight lengths, coherence, lr over squared length of v, per layer
     "What the fixed probe images and the weights say about every layer"
-    x, lengths = state.probe.to(state.accelerator.device), weight_lengths(state.model)
+    x, lengths = state.probe.to(state.accelerator.device), weight_lengths(network)
     if state.recipe.precision == 'fp64': x = x.double()
     angular = [rounded(state.optimizer.param_groups[0]['lr']/v**2) if v else None for v in lengths['v']]
-    with torch.compiler.set_stance('force_eager'): outputs = layer_outputs(state.model, x)  # a compiled network runs past hooks
-    return dict(outputs=outputs, lengths=lengths, coherence=filter_coherence(state.model), angular_lr=angular)
+    return dict(outputs=layer_outputs(network, x), lengths=lengths, coherence=filter_coherence(network), angular_lr=angular)
 
 # %% ../nbs/06_training.ipynb #703da7ea
 def checkpoint(
     state:SimpleNamespace,  # a run under way, between two steps
 )->None:
-    "Put on disk what the run needs to go on from here"
+    "Put on disk what the run needs to go on from here, and into `model` what is there"
     state.seconds['wall'], state.saved_at = time.perf_counter()-state.clock, time.monotonic()
-    if not state.team.is_main_process: return
-    parts = {part: getattr(state, part).state_dict() for part in ('model', 'optimizer', 'rule')}
-    save_state(state.run, state.step, dict(parts, step=state.step, seconds=state.seconds, sums=state.sums))
+    if state.team.is_main_process:
+        parts = {part: getattr(state, part).state_dict() for part in ('fast', 'optimizer', 'rule')}
+        save_state(state.run, state.step, dict(parts, keep=readable_layers(state.fast), step=state.step, seconds=state.seconds, sums=state.sums))
+    write_back(state.fast, state.model, state.optimizer)
 
 # %% ../nbs/06_training.ipynb #6fd12f8b
+def last_state(
+    run:Run,         # begun
+    show=print,      # called with a line that a person may want to see
+)->tuple:            # the last whole checkpoint, None where there is none; is there a record of steps?; names of torn checkpoints
+    "What a run can go on from, the same in all processes"
+    (saved, torn), known = from_first(meet(), lambda: (load_state(run), bool(read_metrics(run.path/'metrics.jsonl'))))
+    for name in torn: show(f'checkpoint {name} is torn and was set aside as *.torn: going back to the one before')
+    if saved and 'fast' not in saved: raise ValueError(f'the checkpoints of run {run.name} are of an older form and cannot be resumed: start over with fresh=True')
+    return saved, known, torn
+
 def resume(
     state:SimpleNamespace,  # a run that was just put together, changed in place
+    saved:dict|None,        # as `last_state` found it
+    known:bool,             # is there a record of steps?
+    torn:list,              # names of torn checkpoints
     show=print,             # called with a line that a person may want to see
 )->None:
-    "Go back to the last whole checkpoint of this run, or to its start, and record that"
-    (saved, torn), known = from_first(state.team, lambda: (load_state(state.run), bool(read_metrics(state.run.path/'metrics.jsonl'))))
-    for name in torn: show(f'checkpoint {name} is torn and was set aside as *.torn: going back to the one before')
+    "Go back to a checkpoint, or to the start of the run, and record that"
     if saved:
-        for part in ('model', 'optimizer', 'rule'): getattr(state, part).load_state_dict(saved[part])
+        for part in ('fast', 'optimizer', 'rule'): getattr(state, part).load_state_dict(saved[part])
         state.step, state.seconds, state.sums = saved['step'], saved['seconds'], saved['sums']
     state.clock = time.perf_counter()-state.seconds['wall']
     if not known and not saved and not state.run.changed: return
@@ -318,7 +348,7 @@ def log_train(
     loss, right, n = (state.sums/state.sums[2]).tolist()[:2] + [state.sums[2].item()]
     state.sums.zero_()
     lr, epoch = state.optimizer.param_groups[0]['lr'], state.step/state.views.batches
-    state.run.log('train', state.step, epoch, **{name: rounded(value) for name, value in dict(loss=loss, top1=100*right, lr=lr, grad_length=state.rule.history[-1]).items()}, images=n)
+    state.run.log('train', state.step, epoch, **{name: rounded(value) for name, value in dict(loss=loss, top1=100*right, lr=lr, grad_norm=state.rule.history[-1]).items()}, images=n)
     show(f'step {state.step} (epoch {epoch:.2f} of {state.recipe.epochs})  loss {loss:.3f}  top1 {100*right:.1f} %  lr {lr:.4g}  '
          f'{state.step*state.recipe.batch_size/max(state.seconds["train"], 1e-9):.0f} images/s')
 
@@ -328,12 +358,13 @@ def log_eval(
     show,                   # called with each line that a person may want to see
 )->tuple:                   # results of this evaluation, predictions on val
     "Record accuracy on val and on the fixed training images, and a probe"
-    val, rows = evaluate(state, state.views.val)
-    train, _ = evaluate(state, state.views.train_eval)
+    network = readable(state)
+    val, rows = evaluate(state, network, state.views.val)
+    train, _ = evaluate(state, network, state.views.train_eval)
     result = dict(val_loss=val['loss'], top1=val['top1'], top5=val['top5'], train_loss=train['loss'], train_top1=train['top1'])
     epoch = state.step/state.views.batches
     state.run.log('eval', state.step, epoch, **result)
-    if state.team.is_main_process: state.run.log('probe', state.step, epoch, **probe(state))
+    if state.team.is_main_process: state.run.log('probe', state.step, epoch, **probe(state, network))
     show(f"epoch {epoch:.2f} of {state.recipe.epochs}  val top1 {val['top1']:.2f} %  train top1 {train['top1']:.2f} % (evaluation mode)")
     return result, rows
 
@@ -399,17 +430,20 @@ def finish(
     status:str,             # 'finished', 'diverged' or 'interrupted'
     **results               # of its last evaluation, or of its divergence
 )->dict:                    # the summary
-    "Write the summary; weights of a finished run go to `final.safetensors`"
+    "Write the summary; weights of a finished or diverged run go to `final.safetensors`, and into `model`"
     run, r = state.run, state.recipe
     state.seconds['wall'] = time.perf_counter()-state.clock
-    if status == 'finished' and state.team.is_main_process:
-        weights = {k: v.detach().cpu().contiguous() for k, v in state.model.state_dict().items()}
+    last = readable(state).state_dict()
+    if status in RESULTS and state.team.is_main_process:
+        weights = {k: v.detach().cpu().contiguous() for k, v in last.items()}
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(run.checkpoints/'final.safetensors', save(weights))
     run.finish(status=status, verdict=state.rule.verdict() if state.rule.losses else None, norm=r.norm, init=r.init, data=r.data, arch=r.arch, seed=r.seed, epochs=r.epochs,
                image_size=r.image_size, lr=r.lr, steps=state.step, img_per_s=state.step*r.batch_size/max(state.seconds['train'], 1e-9),
                wall_s=state.seconds['wall'], processes=state.team.num_processes, **results)
-    if status != 'interrupted' and state.team.is_main_process: drop_states(run)
+    if status in RESULTS:
+        state.model.load_state_dict(last)
+        if state.team.is_main_process: drop_states(run)
     return run.summary
 
 # %% ../nbs/06_training.ipynb #4eab2444
@@ -420,11 +454,11 @@ def diverged(
 )->dict:                    # what the record holds of it
     "The record of a divergence: when, at which lr, what was large before, and what went non-finite first when the step is replayed"
     recipe, device, epoch = state.recipe, state.accelerator.device, state.step/state.views.batches
-    gradient = first_nonfinite_gradient(state.model)
+    gradient = first_nonfinite_gradient(state.fast)
     seed_step(state)
     with torch.compiler.set_stance('force_eager'), torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'):
-        layer = first_nonfinite(state.model.train(), x.to(device, dtype=torch.float64 if recipe.precision == 'fp64' else torch.float32))
-    before = probe(state)
+        layer = first_nonfinite(state.fast.train(), x.to(device, dtype=torch.float64 if recipe.precision == 'fp64' else torch.float32))
+    before = probe(state, readable(state))
     state.run.log('probe', state.step, epoch, **before)
     sizes = {k: before['outputs'][k] for k in ('layer', 'rms')}
     return dict(diverged_step=state.step, diverged_epoch=epoch, diverged_lr=state.optimizer.param_groups[0]['lr'], diverged_reason=reason,
@@ -455,9 +489,34 @@ def stop(
     saved = 'which is saved' if whole else 'which cut it short: the last checkpoint is what it goes on from'
     raise Interrupted(f'{signal} stopped the run after step {state.step}, {saved}; to go on: {command(state.run)}') from None
 
+# %% ../nbs/06_training.ipynb #491daa32
+def final_weights(
+    run:Record,      # that has ended
+)->dict|None:        # state dict of its network; None where it is not on this machine
+    "The weights that a run ended with"
+    path = run.checkpoints/'final.safetensors'
+    if not path.exists(): return None
+    state = load_file(path)
+    def name(k): return re.sub(r'join\.alpha$', 'act3.alpha' if k.replace('join.alpha', 'conv3.v') in state else 'act2.alpha', k)  # NOTE: where weights of before had the threshold behind a sum
+    return {name(k): v for k, v in state.items()}
+
+@torch.no_grad()
+def load_result(
+    model:nn.Module,  # network of the run's recipe, changed in place
+    run:Record,       # that has ended
+    show=print,       # called with a line that a person may want to see
+)->dict:              # summary of the run
+    "Give a network the weights that a run ended with; nan, and a sentence, where they are not here"
+    weights = final_weights(run)
+    if weights: model.load_state_dict(weights)
+    else:
+        show(f'the weights of run {run.name} are not here (expected at {shown(run.checkpoints/"final.safetensors")}): its result is shown, and `model` is filled with nan; fresh=True trains it again')
+        for p in model.parameters(): p.fill_(math.nan)
+    return run.summary
+
 # %% ../nbs/06_training.ipynb #d2122be1
 def fit(
-    model:nn.Module,            # network, on the CPU
+    model:nn.Module,            # network, on the CPU; holds the weights that the record speaks of when this returns or raises
     views:Split,                # images
     recipe:Recipe,              # resolved
     run:Run,                    # record, begun
@@ -470,12 +529,13 @@ def fit(
     watch=lambda run: None,     # called with the run after each evaluation and every 15 s, to draw
 )->dict:                        # summary
     "Train, record and evaluate; a finished run is not trained again, a cut one goes on"
-    if run.status in RESULTS: return run.summary
+    if run.status in RESULTS: return load_result(model, run, show)
     try:
         with plainly(run), interrupts() as asked:
-            state = start(model, recipe, views, run, micro_batch, workers, eval_every, checkpoint_steps, checkpoint_minutes)
+            saved, known, torn = last_state(run, show)
+            state = start(model, recipe, views, run, micro_batch, workers, eval_every, checkpoint_steps, checkpoint_minutes, saved and saved['keep'])
             state.asked = asked
-            resume(state, show)
+            resume(state, saved, known, torn, show)
             try:
                 try: return to_the_end(state, show, watch)
                 except Interrupted as signal: stop(state, str(signal))
@@ -548,16 +608,22 @@ def begin_run(
     return run
 
 # %% ../nbs/06_training.ipynb #7ra1n3d2
+def recipe_of(
+    run:Record,    # begun
+)->Recipe:
+    "The recipe in a record; fields that are newer than the record have the value of its table"
+    known = RECIPES[run.config['recipe']] | run.config
+    return Recipe(**{field.name: known.get(field.name) for field in fields(Recipe)})
+
 def trained(
     run:Record,   # finished, with its weights on this machine
 )->nn.Module:     # on the CPU, in eval mode
     "The network of a run; ValueError where its weights are not here"
-    weights, config = run.checkpoints/'final.safetensors', run.config
-    if not weights.exists():
-        raise ValueError(f'run {run.name} has no weights here: they are expected at {shown(weights)}; copy them from the machine that trained it, or train it again')
-    recipe = Recipe(**{field.name: config[field.name] for field in fields(Recipe)})
-    model = make_model(replace(recipe, init='keep'), config['source']['classes'])  # no start is made, since the weights come
-    model.load_state_dict(load_file(weights))
+    weights = final_weights(run)
+    if not weights:
+        raise ValueError(f'run {run.name} has no weights here: they are expected at {shown(run.checkpoints/"final.safetensors")}; copy them from the machine that trained it, or train it again')
+    model = make_model(replace(recipe_of(run), init='keep'), run.config['source']['classes'])  # no init, since the weights come
+    model.load_state_dict(weights)
     return model.eval()
 
 # %% ../nbs/06_training.ipynb #03f965fb
@@ -568,14 +634,29 @@ def what_broke(
     errors = re.findall(r'^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)$', log, re.M)
     return next((error for error in errors if 'ChildFailedError' not in error and 'SignalException' not in error), None)
 
+def load_checkpoint(
+    model:nn.Module,  # network of the run's recipe, changed in place
+    run:Run,          # begun
+)->None:
+    "Give a network the weights of the last checkpoint, if there is one"
+    saved, _ = load_state(run)
+    if not saved: return
+    fast = fast_form(model, keep=saved['keep'])
+    optimizer = make_optimizer(fast, model, recipe_of(run))
+    fast.load_state_dict(saved['fast'])
+    optimizer.load_state_dict(saved['optimizer'])
+    write_back(fast, model, optimizer)
+
 def fit_on_many(
     run:Run,                 # begun; not held by this process any more when it returns
     given:dict,              # parameters as they were given; `processes` of them start
     show=print,              # called with each line
     watch=lambda run: None,  # called with the run after each line
+    model:nn.Module|None=None,  # network of the run's recipe; holds the weights that the record speaks of when this returns or raises
 )->dict:                     # summary
     "The same run in several processes of this machine; Interrupted with the command that goes on, ChildProcessError with what went wrong"
-    if run.status in RESULTS: return run.summary
+    def result(): return load_result(model, run, show) if model else run.summary
+    if run.status in RESULTS: return result()
     release(run)
     words, line = [word for k, v in given.items() if v is not None and k not in ('processes', 'fresh') for word in (f'--{k}', str(v))], ''
     with torchrun(given['processes'], ['-m', 'nwrepro.training', *words]) as started, caught(('SIGTERM', 'SIGUSR1'), lambda *_: started.send_signal(signal.SIGINT)):
@@ -586,7 +667,8 @@ def fit_on_many(
                     watch(run)
                 break
             except KeyboardInterrupt: started.send_signal(signal.SIGINT)
-    if run.status in RESULTS: return run.summary
+    if run.status in RESULTS: return result()
+    if model: load_checkpoint(model, run)
     if run.status == 'interrupted': raise Interrupted(line)
     started.log.seek(0)
     log = started.log.read().strip()

@@ -4,7 +4,7 @@ import pytest, timm, torch
 from safetensors.torch import load, save
 from torch import nn
 from nwrepro.init import blocks, init_norm_preserving, layer_parts
-from nwrepro.layers import NPReLU, WNConv2d, filter_lengths, weight_normalize
+from nwrepro.layers import NPReLU, WNConv2d, filter_norms, weight_normalize
 from nwrepro.passes import NPFloor, NPJoin, OnePassTReLU, WNJoin
 from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, fold, keep, no_norm, parameter_roles, strict, to_timm, with_bias
 
@@ -102,7 +102,7 @@ def test_v_has_one_length_whatever_the_start(norm):
         model = convert(timm.create_model('resnet26', num_classes=10), norm, init=init, x=torch.randn(4, 3, 32, 32))
         for layer, (part, _) in layer_parts(model).items():
             wanted = 3**-0.5 if part == 'head' else (2*layer.in_channels/layer.out_channels)**0.5
-            torch.testing.assert_close(filter_lengths(layer.v), torch.full((len(layer.v),), wanted))
+            torch.testing.assert_close(filter_norms(layer.v), torch.full((len(layer.v),), wanted))
 
 def test_period_strides_keep_shapes_and_are_not_exported():
     model, x = convert(timm.create_model('resnet50', num_classes=10), 'bn', strides='v1').eval(), torch.randn(1, 3, 64, 64)
@@ -188,7 +188,7 @@ def test_gains_of_the_norm_preserving_start_by_place(norm):
     "What Arpit, Campos & Bengio 2019 prescribe for ResNet-50, times out/in: squared gains of squared length"
     model = convert(timm.create_model('resnet50'), norm)
     init_norm_preserving(model)
-    def gain(conv): return (filter_lengths(conv.w if norm == 'wn' else conv.weight).square()*conv.out_channels/conv.in_channels).tolist()
+    def gain(conv): return (filter_norms(conv.w if norm == 'wn' else conv.weight).square()*conv.out_channels/conv.in_channels).tolist()
     assert gain(model.conv1) == pytest.approx([2]*64)
     for stage, size in zip((model.layer1, model.layer2, model.layer3, model.layer4), (3, 4, 6, 3), strict=True):
         for conv, kappa in ((stage[0].downsample[0], 1), *((conv, kappa) for block in stage for conv, kappa in ((block.conv1, 2), (block.conv2, 2), (block.conv3, 1/size)))):
