@@ -50,8 +50,8 @@ for given, micro, steps, out in json.loads(sys.argv[1]):
     for step in range(steps):
         x, y, _ = next(batches)
         train_step(state, x, y)
-        if step == 0: first = {k: p.grad for k, p in state.model.named_parameters() if p.grad is not None}
-    if meet().is_main_process: torch.save(dict(weights=state.model.state_dict(), first=first, losses=state.rule.losses), out)
+        if step == 0: first = {k: p.grad for k, p in state.fast.named_parameters() if p.grad is not None}
+    if meet().is_main_process: torch.save(dict(weights=state.fast.state_dict(), first=first, losses=state.rule.losses), out)
 """
 
 def steps(folder, processes, jobs):
