@@ -79,6 +79,8 @@ class Scheme:
     join:Callable|None = None        # channels -> module of (residual, shortcut); None = plain sum
     head:Callable = keep             # nn.Linear -> module
     inits:tuple = ('torch',)         # accepted names in `INITS`, the first is the default
+    file:str = ''                    # path of the file that added it, and its text, which `load_schemes` fills in
+    source:str = ''
 
 # %% ../nbs/02_surgery.ipynb #954282a3
 _inits = ('norm_preserving', 'torch', 'data')
