@@ -26,7 +26,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
 import numpy
-import timm
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
@@ -36,11 +35,12 @@ from timm.utils import accuracy
 from torch import nn
 from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines, shown
 from .fast import WNSGD, compiler_works, copy_norms, fast_form, plain_weights, readable_layers, write_back
+from .networks import stock_network
 from .processes import Onlooker, alike, by_all, divide, first_line, from_first, lost, make_accelerator, meet, merge_statistics, running, together, torchrun, tracked, wrapped
 from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, grad_length, layer_outputs, rounded, weight_lengths
-from .recipe import DEFAULTS, RECIPES, RULES, Recipe, check_parameters, make_recipe
+from .recipe import DEFAULTS, RECIPES, RULES, Recipe, check_parameters, make_recipe, scheme_facts
 from .runs import RESULTS, Record, Run, provenance, read_metrics, run_name, write_atomic
-from .surgery import check_resnet, convert, parameter_roles
+from .surgery import convert, parameter_roles, uses_batch_statistics
 from .survival import Interrupted, Requests, begun_with, caught, changes, drop_states, hold, interrupts, load_state, plainly, release, save_state, stop_if
 
 # %% ../nbs/06_training.ipynb #62834edc
@@ -78,10 +78,10 @@ def make_model(
     recipe:Recipe,  # resolved
     classes:int,    # outputs
     x:torch.Tensor|None=None,  # images for init 'data', `[N, 3, S, S]`
-)->nn.Module:       # timm ResNet under the recipe's scheme, on the CPU
-    "The network of a run: timm's, converted and initialised from the recipe's seed"
+)->nn.Module:       # under the recipe's scheme, on the CPU
+    "The network of a run, converted and initialised from the recipe's seed"
     torch.manual_seed(recipe.seed)
-    stock = timm.create_model(recipe.arch, num_classes=classes, drop_rate=recipe.dropout)
+    stock = stock_network(recipe.arch, classes, recipe.stem, recipe.width, recipe.dropout)
     model = convert(stock, recipe.norm, init=recipe.init, x=x, strides=recipe.strides, zero_init=recipe.zero_init,
                     bn_batch=recipe.bn_batch, bn_eps=recipe.bn_eps)
     if recipe.precision == 'fp64': model = model.double()
@@ -157,7 +157,7 @@ def start(
     if compile and recipe.compile == 'network': forward.compile()
     return SimpleNamespace(team=team, accelerator=accelerator, model=model, fast=fast, forward=forward, optimizer=optimizer, schedule=make_schedule(optimizer, recipe, views.batches),
                            recipe=recipe, views=views, run=run, rule=Watch(model.num_classes), probe=first_images(views.train_eval, 32),
-                           micro=divide(recipe, team.num_processes, micro_batch), statistics=tracked(fast) if team.num_processes > 1 else [],
+                           micro=divide(recipe, team.num_processes, micro_batch, uses_batch_statistics(model)), statistics=tracked(fast) if team.num_processes > 1 else [],
                            workers=workers, eval_every=eval_every, step=0, seconds=dict(train=0., wall=0.), sums=torch.zeros(3, dtype=torch.float64),
                            asked=Requests(), wishes=(0, 0), checkpoint_steps=checkpoint_steps, checkpoint_minutes=checkpoint_minutes,
                            clock=time.perf_counter(), saved_at=time.monotonic())
@@ -590,7 +590,7 @@ def begin_run(
 )->Run:              # with its config on disk, and held by this process unless it has ended
     "The run of a recipe: a new one, or the one that the same command began before; ValueError if another process has it or what it depends on has changed"
     values = check_parameters(given)
-    divide(recipe, int(os.environ.get('WORLD_SIZE', values['processes'])), values['micro_batch'])
+    divide(recipe, int(os.environ.get('WORLD_SIZE', values['processes'])), values['micro_batch'], scheme_facts(recipe).batch_statistics)
     run, fresh = Run(run_name(asdict(recipe)), folder, Path(folder)/'checkpoints' if folder else None), values['fresh']
     def over(): return run.status in RESULTS and not fresh
     if over():
@@ -612,7 +612,7 @@ def recipe_of(
     run:Record,    # begun
 )->Recipe:
     "The recipe in a record; fields that are newer than the record have the value of its table"
-    known = RECIPES[run.config['recipe']] | run.config
+    known = DEFAULTS | RECIPES[run.config['recipe']] | run.config
     return Recipe(**{field.name: known.get(field.name) for field in fields(Recipe)})
 
 def trained(
@@ -701,7 +701,6 @@ def prepare(
     values = check_parameters(given)
     source = load_source(values['data'], values['data_dir'])
     recipe = make_recipe(given, source)
-    with torch.device('meta'): check_resnet(timm.create_model(recipe.arch))
     return recipe, source, make_views(recipe, source), values
 
 # %% ../nbs/06_training.ipynb #2d4c733c
