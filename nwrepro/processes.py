@@ -15,6 +15,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import nn
 from .runs import Record, machine
+from .surgery import takes_batch_statistics
 
 # %% ../nbs/05_processes.ipynb #7d87b811
 WAIT = timedelta(minutes=float(os.environ.get('NWREPRO_WAIT', 10)))
@@ -81,14 +82,15 @@ def torchrun(
 
 # %% ../nbs/05_processes.ipynb #05a3fda6
 def divide(
-    recipe,            # of a run: norm, batch_size, bn_batch
+    recipe,            # of a run: batch_size, bn_batch
     processes:int,     # that share a batch
     asked:int|None,    # images per forward pass; None = a process's whole share
+    batch_statistics:bool,  # does an image's output depend on the rest of its group, as under batch normalization?
 )->int:                # images per forward pass
-    "How a batch is divided; ValueError where it can't be, or where batch normalization would be another one"
-    batch, bn = recipe.batch_size, recipe.norm == 'bn'
-    group = min(recipe.bn_batch, batch) if bn else 1
-    words = f' in groups of bn_batch = {recipe.bn_batch} that keep their statistics' if bn else ''
+    "How a batch is divided; ValueError where it can't be, or where batch statistics would be other ones"
+    batch = recipe.batch_size
+    group = min(recipe.bn_batch, batch) if batch_statistics else 1
+    words = f' in groups of bn_batch = {recipe.bn_batch} that keep their statistics' if batch_statistics else ''
     if batch//group % processes or batch % group:
         raise ValueError(f'batch_size = {batch} cannot be shared out to {processes} processes{words}: give a number of processes that divides {batch//group}')
     share = batch//processes
@@ -175,21 +177,21 @@ class Onlooker(Record):
 # %% ../nbs/05_processes.ipynb #59caed38
 def tracked(
     model:nn.Module,  # network
-)->list:              # its batch-normalization layers that keep running statistics
-    "Layers whose statistics depend on the images they have seen"
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None]
+)->list:              # its layers with batch statistics that keep running ones
+    "Layers whose running statistics depend on the images they have seen"
+    return [m for m in model.modules() if takes_batch_statistics(m) and m.running_mean is not None]
 
 def running(
     layers:list,      # as `tracked` lists them
-)->list:              # mean and variance of each in turn, `[channels]`
+)->list:              # mean and variance of each in turn, `[channels]`; the mean alone where there is no variance
     "Their running statistics"
-    return [t for m in layers for t in (m.running_mean, m.running_var)]
+    return [t for m in layers for t in (m.running_mean, getattr(m, 'running_var', None)) if t is not None]
 
 # %% ../nbs/05_processes.ipynb #f783399b
 def in_turn(
     before:torch.Tensor,  # running statistics before the step, the same in all processes
     now:torch.Tensor,     # after the groups of this process
-    keep:float,           # weight of `before` in `now`
+    keep:float|torch.Tensor,  # weight of `before` in `now`
     index:int,            # of this process
     processes:int,        # in all
 )->torch.Tensor:          # summed over the processes: the statistics as if one had seen all groups
@@ -206,7 +208,7 @@ def merge_statistics(
     groups:int,           # that each layer has seen here since
 )->None:
     "Make running statistics what they would be if one process had seen all groups in turn"
-    keep = (1-layers[0].momentum)**groups
+    keep = torch.cat([torch.full_like(t, 1-m.momentum) for m in layers for t in running([m])])**groups
     merged = reduce(in_turn(before, torch.cat(running(layers)), keep, team.process_index, team.num_processes), 'sum')
     for t, new in zip(running(layers), merged.split([len(t) for t in running(layers)]), strict=True): t.copy_(new)
     for m in layers: m.num_batches_tracked += groups*(team.num_processes-1)

@@ -417,7 +417,7 @@ def tuning(
             raise ValueError(f"{name} = {value} is a list, which tune_lr takes only for {', '.join(TUNED_BY)}, seed and lr: give one value")
     held = parse_value('holdout', given.get('holdout', 0)) or HELD_OUT
     listed = given['lr'] if isinstance(given.get('lr'), list) else None
-    whole = plan(expand(given | dict(holdout=held) | (dict(lr='none') if listed else {})))
+    whole = plan(expand(given | dict(holdout=held) | (dict(lr=listed[0]) if listed else {})))
     short = plan([run for p in whole for run in shortened(p, SHORT, listed or [float(f'{f*p.recipe.lr:.3g}') for f in FACTORS])], shown=('epochs', 'lr'))
     yield short
     yield plan([run for p in whole for run in shortened(p, THIRD, best(short, p.recipe, 2))], shown=('epochs', 'lr'))
@@ -439,7 +439,7 @@ def write_tuned(
     found = scores(points).drop_duplicates(list(TUNED_BY)).assign(date=datetime.now(timezone.utc).date().isoformat())
     found = found[[*TUNED_BY, 'epochs', 'lr', 'top1', 'n', 'runs', 'date']].round(dict(top1=2))
     found, lost = found[found['top1'] > 0], found[found['top1'] == 0]
-    rows = {tuple(str(row[name]) for name in TUNED_BY): row for row in (*tuned_table(), *found.to_dict('records'))}
+    rows = {tuple(str(row[name]) for name in (*TUNED_BY, 'epochs')): row for row in (*tuned_table(), *found.to_dict('records'))}
     writer = DictWriter(text := io.StringIO(newline=''), list(found), lineterminator='\n')
     writer.writeheader()
     writer.writerows(row for _, row in sorted(rows.items()))
