@@ -323,7 +323,7 @@ def test_c3_needs_every_level_that_both_reach(tmp_path, wn, verdict):
 
 
 def test_the_p_of_c3_is_the_largest_of_its_levels(tmp_path):
-    runs, folder = write(tmp_path, (BN, WN), dict(bn=(10, 60, 92), wn=(10, 63.5, 95)))
+    runs, folder = write(tmp_path, (BN, WN), dict(bn=(10, 60, 92), wn=(10, 65, 95)))
     found = CLAIMS['C3'].decide(runs, folder)
     levels = found.numbers[(found.numbers.scheme == 'bn - wn') & ~found.numbers.what.str.contains('running')]
     assert len(levels) == 4 and found.p > 0.05/7 and found.verdict == 'supported' and judge(runs, folder)[2].verdict == 'undecided'
