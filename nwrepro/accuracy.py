@@ -197,15 +197,15 @@ def recovery_ruling(
        rule='Our choice: asked only where C1 is supported, else not testable here. Supported if the upper end of R is below .5 and bn* - wn* above 0, contradicted if bn* and wn* are equivalent within 1.5 points, '
             'undecided otherwise, also where the interval of R is unbounded. Not tested without two cells of both schemes that have hold-out records.')
 def decide_c5(key, runs, folder=None):
-    first = decide_c1('C1', runs)
+    first, found = decide_c1('C1', runs), best_comparison(runs, ('bn', 'wn'))
     if first.verdict == 'not tested': return not_tested(key, first.why)
-    found = best_comparison(runs, ('bn', 'wn'))
-    if first.verdict != 'supported': return replace(first, key=key, verdict='not testable here', note='C1 is not supported', p=math.nan, equal_p=math.nan, numbers=table_of([]),
-                                                    why=f'C1 is {first.verdict} here, so there is no gap that a regulariser could close')
     cells = {norm: grid_cells(runs, norm, found.setting) for norm in found.arms}
+    used = [run for own in cells.values() for _, arm in own for run in arm.runs.run]  # of all cells, for their figure
+    if first.verdict != 'supported': return replace(first, key=key, verdict='not testable here', note='C1 is not supported', p=math.nan, equal_p=math.nan, numbers=table_of([]), runs=used,
+                                                    why=f'C1 is {first.verdict} here, so there is no gap that a regulariser could close')
     best = {norm: best_cell(own) for norm, own in cells.items()}
-    if not all(best.values()): return not_tested(key, 'dropout x weight decay needs two or more cells of both bn and wn, each with hold-out records to choose by; '
-                                                 '`papermill nbs/sweep.ipynb reports/grid.ipynb -y \'{norm: [bn, wn], dropout: [0, 0.5], holdout: 0.1}\'` makes such records')
+    if not all(best.values()): return replace(not_tested(key, 'dropout x weight decay needs two or more cells of both bn and wn, each with hold-out records to choose by; '
+                                              '`papermill nbs/sweep.ipynb reports/grid.ipynb -y \'{norm: [bn, wn], dropout: [0, 0.5], holdout: 0.1}\'` makes such records'), runs=used)
     stars = {norm: arm.done.top1 for norm, (_, arm) in best.items()}
     verdict, p, recovery, ahead = recovery_ruling(stars['wn'], found.arms['wn'].done.top1, stars['bn'])
     def name(cell): return f"dropout {cell['dropout'] or 0:g}, weight_decay {cell['weight_decay'] or 0:g}"
@@ -213,8 +213,8 @@ def decide_c5(key, runs, folder=None):
     rows += [number('recovery', 'wn', recovery, 'of the gap'), number('top1 at the chosen cells', 'bn - wn', ahead, 'points')]
     why = (f"{'; '.join(f'{norm} at {name(cell)}, of {len(cells[norm])} cells, {format_mean(stars[norm])}' for norm, (cell, _) in best.items())} (decay on {found.setting['decay_on']}); recovery of wn "
            f"{interval(recovery, 'of the gap')}; bn - wn at these cells {interval(ahead, 'points')}")
-    used = Comparison(found.setting, {norm: arm for norm, (_, arm) in best.items()}, [])
-    return Verdict(key, verdict, why=why, numbers=table_of(rows), p=float(p), **used.facts() | dict(runs=[run for own in cells.values() for _, arm in own for run in arm.runs.run]))
+    chosen = Comparison(found.setting, {norm: arm for norm, (_, arm) in best.items()}, [])
+    return Verdict(key, verdict, why=why, numbers=table_of(rows), p=float(p), **chosen.facts() | dict(runs=used))
 
 # %% ../nbs/07_accuracy.ipynb #e8898383
 FAMILY = ('wn', 'np', 'trelu')  # the WN-type schemes

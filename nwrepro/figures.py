@@ -563,8 +563,7 @@ def limit_panels(
             part = own[own['what'] == what]
             right.semilogx(part['lr'], [len(names)-1]*len(part), ls='', mfc=face, **look(norm))
     left.set(xlabel='learning rate', ylabel='probes that learn, percent', ylim=(-5, 105))
-    right.set(xlabel='largest learning rate per seed: filled, learns; open, does not diverge', yticks=range(len(names)), yticklabels=names, ylim=(len(names)-0.5, -0.5))
-    right.xaxis.label.set_fontsize(8)
+    right.set(xlabel='largest lr per seed\n(filled: learns, open: does not diverge)', yticks=range(len(names)), yticklabels=names, ylim=(len(names)-0.5, -0.5))
     right.grid(axis='y', color='0.9')
     fig.legend(*left.get_legend_handles_labels(), loc='outside lower left', ncols=4, fontsize=8)
     plt.close(fig)
