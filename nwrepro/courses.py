@@ -199,7 +199,7 @@ def probed(
        observable='Slope of log10 RMS of the block outputs against the block index, on fixed images, in decades per block: at the end minus over the first tenth of the epochs (trend); '
                   'before training and over the first tenth (premise); bn beside it. RMS, not L2 norm.',
        rule='Our choice: the trend decides, supported if over seeds the interval of the rise lies above 0, contradicted if below, undecided otherwise and with fewer than three seeds. '
-            'The premise, within ±0.05 decades per block, is told apart: met, not met by the init, or lost.')
+            'The premise, within ±0.05 decades per block, is judged separately: met, not met by the init, or lost.')
 def decide_c7(key, runs, folder=None):
     empty, found, seen = probed(key, runs, folder, rise)
     if empty: return empty
