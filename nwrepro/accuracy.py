@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CEILING', 'GRID', 'NEAR', 'RECOVERED', 'FAMILY', 'pair_rows', 'pair_words', 'gap_claim', 'lr_noise', 'noise_words',
            'decide_c1', 'at_ceiling', 'memorized', 'decide_c2', 'decide_c4', 'grid_cells', 'best_cell',
-           'recovery_ruling', 'decide_c5', 'decide_c9']
+           'recovery_ruling', 'decide_c5', 'decide_c9', 'against_bn']
 
 # %% ../nbs/07_accuracy.ipynb #7665ff1a
 import itertools, math
@@ -235,3 +235,17 @@ def decide_c9(key, runs, folder=None):
     fitted = all(v.mean() >= CEILING for v in trained.values())
     ends = '; '.join(f'{name} {format_mean(v.dropna())} of the training images' for name, v in trained.items())
     return replace(verdict, kind='analogue', verdict='undecided' if verdict.verdict == 'supported' and not fitted else verdict.verdict, why=f'best WN-type scheme on the hold-out split: {norm}; {verdict.why}; {ends}')
+
+# %% ../nbs/07_accuracy.ipynb #4b74cb9d
+def against_bn(
+    runs:pandas.DataFrame,      # table of runs
+)->pandas.DataFrame:            # a row per scheme and setting: `scheme`, `bn`, `n` (finished runs of each), `bn minus scheme` in points, `low`, `high`, `where`, `exploratory`
+    "Test accuracy of bn minus that of every other scheme; Welch over seeds"
+    rows = []
+    for norm in sorted(set(complete(runs).norm)-{'bn'}):
+        for found in comparisons(runs, ('bn', norm)):
+            bn, own = found.arms['bn'], found.arms[norm]
+            gap = welch(bn.done.top1, own.done.top1)
+            rows.append({'scheme': own.name, 'bn': bn.name, 'n': f'{len(bn.done)}, {len(own.done)}', 'bn minus scheme': gap.value, 'low': gap.low, 'high': gap.high,
+                         'where': found.facts()['where'], 'exploratory': found.facts()['exploratory']})
+    return pandas.DataFrame(rows, columns=['scheme', 'bn', 'n', 'bn minus scheme', 'low', 'high', 'where', 'exploratory'])

@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['SETTING', 'ARM', 'FREE', 'LOOSE', 'FINAL', 'complete', 'grouped', 'is_whole', 'ended_well', 'done', 'matching',
            'candidates', 'Budget', 'budget', 'Arm', 'ended_first', 'untuned_lr', 'arms_of', 'representative', 'doubts',
-           'exploratory', 'budget_words', 'comparable', 'primary', 'summarised', 'by_setting']
+           'exploratory', 'mixture', 'budget_words', 'comparable', 'primary', 'summarised', 'by_setting']
 
 # %% ../nbs/07_arms.ipynb #da1b029a
 import math
 from dataclasses import dataclass
 import numpy, pandas
-from .runs import RESULTS
+from .runs import NEWER, RESULTS
 from .statistics import mean_interval
 from .surgery import SCHEMES
 
 # %% ../nbs/07_arms.ipynb #80c7d3fa
-SETTING = ('data', 'fingerprint', 'classes', 'train', 'train_images', 'holdout', 'arch', 'strides', 'image_size', 'recipe', 'epochs', 'max_steps',
+SETTING = ('data', 'fingerprint', 'classes', 'train', 'train_images', 'holdout', 'arch', 'stem', 'width', 'strides', 'image_size', 'recipe', 'epochs', 'max_steps',
            'batch_size', 'bn_batch', 'bn_eps', 'schedule', 'warmup_epochs', 'momentum', 'weight_decay', 'decay_on', 'dropout', 'grad_clip',
            'label_smoothing', 'pipeline', 'precision', 'channels_last')
 ARM = ('norm', 'init', 'zero_init')
-FREE = (*ARM, 'lr', 'seed', 'compile')
+FREE = (*ARM, 'lr', 'seed', 'subset_seed', 'compile', 'code', 'dirty', 'hardware')
 
 def complete(
     runs:pandas.DataFrame,      # as `load_runs` returns it, or any table of runs
@@ -32,6 +32,7 @@ def complete(
     results = ('run', 'status', 'verdict', 'steps', 'top1', 'train_top1', 'train_loss')
     table = recorded.combine_first(runs)
     table = table.reindex(columns=list(dict.fromkeys([*table, *SETTING, *FREE, *results])))
+    for name in ('stem', 'width', 'subset_seed'): table[name] = [NEWER[name] if pandas.isna(value) else value for value in table[name]]
     for name in ('seed', 'lr', 'top1', 'train_top1', 'train_loss', 'dropout', 'steps'): table[name] = pandas.to_numeric(table[name], errors='coerce')
     table['zero_init'] = table['zero_init'].eq(True)
     return table[table[['run', 'norm', 'data', 'arch', 'recipe']].notna().all(axis=1)]
@@ -188,8 +189,18 @@ def exploratory(
         for words in doubts(arm, setting['epochs']): reasons.setdefault(words, []).append(arm.norm)
     said = [words if len(who) == len(arms) else f"{words} ({', '.join(who)})" for words, who in reasons.items()]
     if len({arm.budget.rates for arm in arms}) > 1: said.append('unequal lists of lr')
-    if setting['train_images'] is not None: said.append('all seeds share one subset of the training images')
+    if setting['train_images'] is not None and any(len(arm.done) > arm.done.subset_seed.nunique() for arm in arms): said.append('seeds share one subset of the training images')
     return '; '.join(said)
+
+# %% ../nbs/07_arms.ipynb #0b0aa889
+def mixture(
+    arms:list[Arm],     # that are compared
+)->str:                 # to follow a setting; empty where there is one of each
+    "What the runs of a comparison do not share besides their setting"
+    runs = pandas.concat([arm.runs for arm in arms])
+    dirty, codes, kinds = int(runs.dirty.eq(True).sum()), runs.code.dropna().nunique(), runs.hardware.dropna().nunique()
+    said = [f'{codes} versions of the code']*(codes > 1) + [f'{dirty} of {len(runs)} runs from trees with uncommitted changes']*(dirty > 0) + [f'{kinds} kinds of processor']*(kinds > 1)
+    return f"; mixes {', '.join(said)}" if said else ''
 
 # %% ../nbs/07_arms.ipynb #90b39a09
 def budget_words(

@@ -13,10 +13,11 @@ __all__ = ['LOOKS', 'Picture', 'NEEDED', 'RECIPE_WORDS', 'PAPER', 'MARKS', 'ASID
            'coherence_and_gain', 'cost_numbers', 'cost_panels', 'cost_per_step', 'picture_of', 'save']
 
 # %% ../nbs/08_figures.ipynb #0077c82d
-import itertools, math
+import itertools, math, zlib
 from collections import namedtuple
 from numbers import Real
 from pathlib import Path
+import matplotlib
 import matplotlib.pyplot as plt
 import pandas, torch
 from matplotlib.figure import Figure
@@ -33,10 +34,11 @@ from .verdicts import kind_of
 LOOKS = dict(bn=('#0072B2', 'o'), none=('#666666', 's'), wn=('#D55E00', '^'), np=('#009E73', 'D'), trelu=('#CC79A7', 'v'))
 
 def look(
-    norm:str,  # scheme; one of your own is drawn in black
+    norm:str,  # scheme; a later one or one of your own has what its name gives it
 )->dict:       # `color` and `marker` for matplotlib
     "Colour and marker of a scheme"
-    return dict(zip(('color', 'marker'), LOOKS.get(norm, ('#000000', 'X')), strict=True))
+    k = zlib.crc32(norm.encode())
+    return dict(zip(('color', 'marker'), LOOKS.get(norm, (matplotlib.colors.to_hex(matplotlib.colormaps['Dark2'](k%8)), 'XPph*<>d'[k//8%8])), strict=True))
 
 # %% ../nbs/08_figures.ipynb #2bcb72ba
 def caption(

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import jinja2, pandas
 from markupsafe import Markup, escape
 from . import scaling
+from .accuracy import against_bn
 from .arms import by_setting, comparable, complete, is_whole
 from .claims import CLAIMS
 from .data import project_root
@@ -276,7 +277,7 @@ PAGE = '''<!doctype html>
 <main><section id="answer" aria-labelledby="answer-title"><h2 id="answer-title" style="margin-top:0;border:0">The answer</h2>
 <ol>{% for sentence in answer %}<li>{{ sentence|code }}</li>{% endfor %}</ol></section>
 {% if notes %}<details id="missing"{% if notes|length < 6 %} open{% endif %}><summary>What is missing ({{ notes|length }})</summary><ul>{% for note in notes %}<li>{{ note|code }}</li>{% endfor %}</ul></details>{% endif %}
-<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}{% for c in extras %}<a href="#{{ c.key }}">{{ c.title }}</a> {% endfor %}<a href="#settings">By setting</a> {% if scaling %}<a href="#scaling">Scaling</a> {% endif %}<a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
+<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}{% for c in extras %}<a href="#{{ c.key }}">{{ c.title }}</a> {% endfor %}{% if beside.rows %}<a href="#beside">Beside bn</a> {% endif %}<a href="#settings">By setting</a> {% if scaling %}<a href="#scaling">Scaling</a> {% endif %}<a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
 <h2 id="claims">The claims and their verdicts</h2>
 <p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing. <b>Exploratory</b>: how arms were chosen and repeated departs from the rules, so the verdict shows where to look. <b>Not testable here</b>: the setting leaves the claim nothing to decide.</p>
 <div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>how learning rates were chosen</th><th>known from</th></tr></thead><tbody>
@@ -284,6 +285,8 @@ PAGE = '''<!doctype html>
 {% if places %}<p>Where the runs of a verdict stand:</p><ul>{% for where, keys in places.items() %}<li>{{ keys|join(', ') }}: {{ where|code }}</li>{% endfor %}</ul>{% endif %}
 {% for c in claims %}{% include 'claim' %}{% endfor %}
 {% for c in extras %}<section aria-labelledby="{{ c.key }}"><h2 id="{{ c.key }}">{{ c.title }}</h2>{% include 'figure' %}</section>{% endfor %}
+{% if beside.rows %}<h2 id="beside">Every scheme beside bn</h2>
+<p>Test accuracy of <code>bn</code> minus that of the scheme, in points, with the 95 % interval by Welch over seeds; n finished runs of each. No claim of the paper, and not adjusted for how many schemes are asked about.</p>{{ grid(beside) }}{% endif %}
 <h2 id="settings">Results by setting</h2>
 {% if settings.rows %}<p>A row per scheme and setting: runs started, finished and diverged; means and 95 % intervals (from n = 3) of test and training accuracy, percent; with holdout, the images tested on are training images that were held out.{% if settings.shared %} In all rows: {{ settings.shared }}.{% endif %}</p>{{ grid(settings) }}{% else %}<p>No runs, so no settings.</p>{% endif %}
 {% if scaling %}<h2 id="scaling">Many cards: a prediction</h2>
@@ -393,6 +396,6 @@ def write_page(
     places = {part['where']: [other['key'] for other in parts if other['where'] == part['where']] for part in parts if part['where']}
     extras = [figure_part(key, title, pictures.get(key), commands(of(runs), place), out) for key, (title, _, of) in EXTRAS.items()]
     page = render(answer=answer(verdicts, runs), claims=parts, places=places, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
-                  settings=settings_part(runs), extras=[part for part in extras if part['figure']], scaling=many, again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
+                  settings=settings_part(runs), beside=table(against_bn(runs), 'Every scheme beside bn'), extras=[part for part in extras if part['figure']], scaling=many, again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
     write_atomic(out/'index.html', page)
     return out/'index.html'

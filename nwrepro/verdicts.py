@@ -13,8 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 import numpy, pandas
-from .arms import Arm, SETTING, arms_of, budget_words, candidates, complete, exploratory, grouped, is_whole, matching, representative
+from .arms import Arm, SETTING, arms_of, budget_words, candidates, complete, exploratory, grouped, is_whole, matching, mixture, representative
 from .recipe import RECIPES
+from .runs import NEWER
 from .statistics import LEAST, Estimate, format_mean
 
 # %% ../nbs/07_verdicts.ipynb #e4362e6e
@@ -86,7 +87,8 @@ def place(
 )->str:
     "Where the runs of a verdict stand, and whether that is the claim itself"
     side, epochs = (f'{setting[name]:g}' if setting[name] else 'unknown' for name in ('image_size', 'epochs'))  # floats where one config is torn
-    where = f"{setting['arch']} on {setting['data']} at {side} px, {epochs} epochs, recipe {setting['recipe']}"
+    network = setting['arch']+''.join(f', {name} {setting[name]}' for name in ('stem', 'width') if setting[name] != NEWER[name])
+    where = f"{network} on {setting['data']} at {side} px, {epochs} epochs, recipe {setting['recipe']}"
     named = ('train_images', 'holdout', 'max_steps', 'dropout', 'weight_decay', 'grad_clip')
     usual = RECIPES.get(setting['recipe'], {})
     where += ''.join(f', {name} {setting[name]}' for name in FIXED if name != 'epochs' and setting[name] not in (None, usual.get(name)))
@@ -107,7 +109,7 @@ class Comparison:
     def runs(self)->list: return [run for arm in self.arms.values() for run in arm.runs.run]
     def facts(self)->dict:  # of a verdict
         arms = list(self.arms.values())
-        return dict(kind=kind_of(self.setting), runs=self.runs, where=place(self.setting), exploratory=exploratory(arms, self.setting), budgets=tuple(map(budget_words, arms)))
+        return dict(kind=kind_of(self.setting), runs=self.runs, where=place(self.setting)+mixture(arms), exploratory=exploratory(arms, self.setting), budgets=tuple(map(budget_words, arms)))
 
 # %% ../nbs/07_verdicts.ipynb #a68deeb5
 def comparisons(
