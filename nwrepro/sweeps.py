@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pandas, torch
 from .data import load_source, project_root
 from .recipe import DEFAULTS, RULES, TUNED_BY, Recipe, Rule, check_parameters, make_recipe, notebook_parameters, parse_value, tuned_table
-from .runs import RESULTS, Record, load_runs, machine, read_metrics, run_name, write_atomic
+from .runs import RESULTS, Record, code_hash, load_runs, machine, read_metrics, run_name, write_atomic
 from .surgery import choose
 from .survival import hold, release
 from .training import evaluated, make_schedule, make_views, same_images, warmup_steps
@@ -173,12 +173,13 @@ def overview(
 )->pandas.DataFrame:# a row per point, and one for all
     "Where a sweep stands"
     known = paces(load_runs())
-    left = [seconds_left(point, known) for point in points]
+    left, code = [seconds_left(point, known) for point in points], code_hash()
     def state(name, status): return 'failed' if name in failed else 'running' if name in running else 'waiting' if status == 'new' else status
-    rows = [dict(point=p.label, status=state(p.record.name, p.record.status), step=steps_done(p), steps=p.steps, top1=p.record.summary.get('top1'),
+    def of(record): return 'other' if record.status in RESULTS and record.provenance.get('code', code) != code else ''  # whose result this is
+    rows = [dict(point=p.label, status=state(p.record.name, p.record.status), step=steps_done(p), steps=p.steps, top1=p.record.summary.get('top1'), code=of(p.record),
                  left=in_words(seconds), run=p.record.name) for p, seconds in zip(points, left, strict=True)]
     ended = sum(row['status'] in RESULTS for row in rows)
-    total = dict(point='all', status=f'{ended} of {len(points)}', step=sum(r['step'] for r in rows), steps=sum(r['steps'] for r in rows), left=in_words(together(left, jobs)), run='')
+    total = dict(point='all', status=f'{ended} of {len(points)}', step=sum(r['step'] for r in rows), steps=sum(r['steps'] for r in rows), left=in_words(together(left, jobs)), code='', run='')
     return pandas.DataFrame([*rows, total]).set_index('point')
 
 # %% ../nbs/06_sweeps.ipynb #02ee22ce
