@@ -14,11 +14,11 @@ from torch import nn
 
 # %% ../nbs/00_layers.ipynb #7e30ca90
 @torch.fx.wrap  # one node for those who trace a network, such as feature extractors
-def ghost_batch_norm(x, bn_batch, count, mean, var, *args)->torch.Tensor:
-    "Batch normalization of each group of `bn_batch` images in turn, as `F.batch_norm` does it"
+def ghost_batch_norm(x, bn_batch, count, mean, var, gamma, beta, training, momentum, eps)->torch.Tensor:
+    "`F.batch_norm` of each group of `bn_batch` images in turn; counts the groups"
     groups = x.split(bn_batch or len(x))
-    count += len(groups)
-    normed = [F.batch_norm(group, mean, var, *args) for group in groups]
+    if training: count += len(groups)
+    normed = [F.batch_norm(group, mean, var, gamma, beta, training, momentum, eps) for group in groups]
     return normed[0] if len(normed) == 1 else torch.cat(normed)
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
@@ -34,8 +34,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
     def forward(self,
         x:torch.Tensor,  # activations, `[N, C, H, W]`
     )->torch.Tensor:     # normalised activations, `[N, C, H, W]`
-        if not self.training: return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0., self.eps)
-        return ghost_batch_norm(x, self.bn_batch, self.num_batches_tracked, self.running_mean, self.running_var, self.weight, self.bias, True, self.momentum, self.eps)
+        bn_batch = self.bn_batch if self.training else None
+        return ghost_batch_norm(x, bn_batch, self.num_batches_tracked, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
 
 # %% ../nbs/00_layers.ipynb #6007f91e
 def filter_norms(

@@ -50,8 +50,8 @@ for given, micro, steps, out in json.loads(sys.argv[1]):
     for step in range(steps):
         x, y, _ = next(batches)
         train_step(state, x, y)
-        if step == 0: first = {k: p.grad for k, p in state.model.named_parameters() if p.grad is not None}
-    if meet().is_main_process: torch.save(dict(weights=state.model.state_dict(), first=first, losses=state.rule.losses), out)
+        if step == 0: first = {k: p.grad for k, p in state.fast.named_parameters() if p.grad is not None}
+    if meet().is_main_process: torch.save(dict(weights=state.fast.state_dict(), first=first, losses=state.rule.losses), out)
 """
 
 def steps(folder, processes, jobs):
@@ -88,6 +88,42 @@ def test_first_gradients_in_single_precision(project):
     jobs = [(SMALL | dict(norm=norm), None, 1, norm) for norm in ('bn', 'wn', 'np')]
     one = steps(project, None, jobs)
     for job, a, b in zip(jobs, one, steps(project, 2, jobs), strict=True): assert furthest(a['first'], b['first']) < 1e-5, job
+
+OWN_LOOP = """
+import sys, timm, torch
+import torch.distributed as dist
+from nwrepro.fast import WNSGD, copy_norms, fast_form, plain_weights
+from nwrepro.surgery import convert
+torch.manual_seed(0)
+dist.init_process_group('gloo')
+model = convert(timm.create_model('resnet18', num_classes=3), sys.argv[1], init='even' if sys.argv[1] == 'trelu' else None).double()
+fast = fast_form(model)
+network = torch.nn.parallel.DistributedDataParallel(fast, find_unused_parameters=True)
+weights = plain_weights(fast, model).values()
+plain = [w for w, _ in weights]
+groups = [dict(params=[w for w, layer in weights if (layer.g is None) == strict], weight_norm=kind) for strict, kind in ((True, 'strict'), (False, 'affine'))]
+optimizer = WNSGD([*(g for g in groups if g['params']), dict(params=[p for p in network.parameters() if not any(p is w for w in plain)])], lr=0.01, momentum=0.9, weight_decay=1e-3)
+copy_norms(optimizer, fast, model)
+x, y = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double(), torch.arange(8) % 3
+share = slice(dist.get_rank(), None, dist.get_world_size())
+for _ in range(3):
+    optimizer.zero_grad()
+    torch.nn.functional.cross_entropy(network(x[share]), y[share]).backward()
+    optimizer.step()
+torch.save(fast.state_dict(), f'{sys.argv[1]}-{dist.get_world_size()}-{dist.get_rank()}')
+dist.destroy_process_group()
+"""
+
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ('wn', 'trelu'))
+def test_a_loop_of_ones_own_wraps_the_network_before_it_makes_the_optimizer(norm, project):
+    "Replicas stay the same, and take the steps of one process"
+    (project/'own_loop.py').write_text(OWN_LOOP)
+    for processes in (1, 2):
+        code, out, err = ran(project, processes, 'own_loop.py', norm)
+        assert code == 0, out+err
+    one, first, second = (torch.load(project/f'{norm}-{name}') for name in ('1-0', '2-0', '2-1'))
+    assert furthest(first, second) == 0 and furthest(one, first) < 1e-10
 
 def test_two_processes_are_the_same_run(project):
     folders = {processes: project/str(processes) for processes in (None, 2)}

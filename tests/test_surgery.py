@@ -4,9 +4,9 @@ import pytest, timm, torch
 from safetensors.torch import load, save
 from torch import nn
 from nwrepro.init import blocks, init_norm_preserving, layer_parts
-from nwrepro.layers import NPReLU, WNConv2d, filter_norms, weight_normalize
-from nwrepro.passes import NPFloor, NPJoin, OnePassTReLU, WNJoin
-from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, convert, fold, keep, no_norm, parameter_roles, strict, to_timm, with_bias
+from nwrepro.layers import NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, filter_norms, weight_normalize
+from nwrepro.fast import fast_form
+from nwrepro.surgery import SCHEMES, JoinBlock, Scheme, batch_norm, convert, fold, keep, no_norm, parameter_roles, relu, strict, to_timm, with_bias
 
 def network(arch, norm, dtype=torch.float32, output_stride=32, **kwargs):
     "A converted network with every parameter and statistic moved off its start"
@@ -31,7 +31,7 @@ def test_fold_keeps_the_logits(arch, norm, dtype):
     folded.load_state_dict(folded.state_dict())
     assert error(folded(x), model(x)) <= LIMITS[dtype]
     assert not [m for m in folded.modules() if isinstance(m, (nn.BatchNorm2d, WNConv2d))]
-    assert all(m.bias is not None for m in folded.modules() if isinstance(m, nn.Conv2d))
+    assert all(m.bias is not None for m in folded.modules() if isinstance(m, nn.Conv2d)) == (norm != 'trelu')
 
 @torch.no_grad()
 @pytest.mark.parametrize('norm', SCHEMES)
@@ -65,7 +65,7 @@ def test_nothing_is_missed(arch, norm):
     count = lambda modules, *kinds: sum(type(m) in kinds for m in modules)
     convs, acts = count(before, nn.Conv2d), count(before, nn.ReLU)
     assert count(after, WNConv2d if norm in ('wn', 'np', 'trelu') else nn.Conv2d) == convs
-    assert count(after, *dict(np=(NPFloor, NPJoin), trelu=(OnePassTReLU, WNJoin)).get(norm, (nn.ReLU,))) == acts
+    assert count(after, *dict(np=(NPReLU,), trelu=(TReLU,)).get(norm, (nn.ReLU,))) == acts
     assert count(after, nn.BatchNorm2d) == 0
     assert sum(isinstance(m, nn.BatchNorm2d) for m in after) == (convs if norm == 'bn' else 0)
     assert sum(isinstance(m, JoinBlock) for m in model.modules()) == (sum(len(getattr(stock, f'layer{k}')) for k in (1, 2, 3, 4)) if norm in ('np', 'trelu') else 0)
@@ -133,17 +133,18 @@ def mine(monkeypatch):
         return convert(timm.create_model(arch, num_classes=10, **({'drop_path_rate': 0.5} if arch == 'resnet26' else {})), 'mine', init, torch.randn(4, 3, 32, 32), zero_init=zero_init)
     return make
 
-NP = dict(conv=weight_normalize, norm=no_norm, act=lambda channels: NPFloor(), join=lambda channels: NPJoin(), inits=('np',))
+NP = dict(conv=weight_normalize, norm=no_norm, act=lambda channels: NPReLU(), join=lambda channels: NPAdd(), inits=('np',))
+TRELU = dict(conv=strict, norm=no_norm, act=TReLU, join=WNAdd, inits=('even',))
 
-@pytest.mark.parametrize('slots', [dict(join=None), dict(act=lambda channels: NPReLU()), dict(conv=with_bias, inits=('torch',)), dict(conv=strict, inits=('torch',)), dict(arch='resnet26')],
-                         ids=['plain sum', 'other activation', 'plain convolutions', 'no biases', 'dropped paths'])
-def test_slots_of_np_stay_together(slots, mine):
-    mine(**NP)
-    with pytest.raises(ValueError, match='NPFloor and NPJoin leave scale and shift to the convolutions'): mine(**(NP | slots))
-
-@pytest.mark.parametrize('conv', [weight_normalize, with_bias, keep])
-def test_a_join_with_weights_needs_filters_without_bias(conv, mine):
-    with pytest.raises(ValueError, match='a join that puts its weights on filters needs conv=strict'): mine(conv=conv, norm=no_norm, act=OnePassTReLU, join=WNJoin)
+@pytest.mark.parametrize('slots', [NP | dict(join=None), NP | dict(act=relu), NP | dict(conv=with_bias, inits=('torch',)), NP | dict(conv=strict, inits=('torch',)), NP | dict(arch='resnet26'),
+                                   TRELU | dict(conv=weight_normalize), TRELU | dict(conv=with_bias), TRELU | dict(conv=keep, norm=batch_norm), TRELU | dict(arch='resnet26'), TRELU | dict(act=relu)],
+                         ids=['np, plain sum', 'np, relu', 'np, plain convolutions', 'np, strict', 'np, dropped paths', 'trelu, affine', 'trelu, plain convolutions', 'trelu, bn', 'trelu, dropped paths', 'trelu, relu'])
+def test_slots_go_together_as_one_likes(slots, mine):
+    "And their fast form, fused where it can be, computes the same"
+    model, x = mine(**slots).eval(), torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(0.05*torch.randn_like(p))
+        for kernels in (False, True): assert error(fast_form(model, kernels)(x), model(x)) < 1e-4
 
 @pytest.mark.parametrize('arch, more', [('resnetblur50', {}), ('resnet18', dict(act_layer='gelu')), ('resnetaa50', {})], ids=str)
 def test_a_resnet_with_other_parts_is_refused(arch, more):

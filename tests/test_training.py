@@ -5,14 +5,12 @@ import nwrepro.training
 from conftest import ROOT
 from safetensors.torch import load_file
 from nwrepro.data import load_source, loader
-from nwrepro.optimizer import write_weight
-from nwrepro.passes import Kernel
 from nwrepro.recipe import RULES, check_parameters, make_recipe, notebook_parameters
 from nwrepro.runs import load_runs, read_metrics
 from nwrepro.surgery import SCHEMES
 from nwrepro.survival import HELD, Interrupted
 from nwrepro.sweeps import evaluations
-from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, main, make_model, make_views, probe, recorded, seed_step, start, train_step, trained, what_broke
+from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, main, make_model, make_views, probe, readable, recorded, seed_step, start, train_step, trained, what_broke
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -147,7 +145,7 @@ def test_evaluation_agrees_with_a_plain_loop(tmp_path):
     recipe = make_recipe(SMALL, digits)
     views = make_views(recipe, digits)
     state = start(make_model(recipe, 10), recipe, views, None)
-    result, rows = evaluate(state, views.val)
+    result, rows = evaluate(state, readable(state), views.val)
     x = torch.stack([views.val[(0, i)][0] for i in range(360)])
     with torch.no_grad(): logits = state.model.eval()(x)
     y = torch.tensor(digits.val.labels)
@@ -160,14 +158,14 @@ def test_a_probe_gives_the_angle_of_a_step():
     recipe = make_recipe(SMALL | dict(norm='wn', lr=0.01), digits)
     state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
     length = state.model.conv1.v.flatten(1).norm(dim=1).mean().item()
-    assert probe(state)['angular_lr'][0] == pytest.approx(state.optimizer.param_groups[0]['lr']/length**2, rel=1e-3)
+    assert probe(state, readable(state))['angular_lr'][0] == pytest.approx(state.optimizer.param_groups[0]['lr']/length**2, rel=1e-3)
 
 def test_dropout_and_label_smoothing_reach_the_loss():
     recipe = make_recipe(SMALL | dict(norm='wn', recipe='modern', precision='fp32', dropout=0.), digits)
     x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
     state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
     loss, *_ = gradient(state, x, y)
-    with torch.no_grad(): logits = state.model.train()(x)
+    with torch.no_grad(): logits = state.fast.train()(x)
     assert recipe.label_smoothing == 0.1 and loss == pytest.approx(4*torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1).item(), rel=1e-5)
     dropping = make_model(make_recipe(SMALL | dict(norm='wn', dropout=0.5), digits), 10).train()
     assert state.model(x).equal(state.model(x)) and not dropping(x).equal(dropping(x))
@@ -197,21 +195,12 @@ def test_steps_are_those_of_plain_sgd():
         length = torch.sqrt(sum(g.pow(2).sum() for g in gradients))
         with torch.no_grad():
             for p, g, m in zip(model.parameters(), gradients, momenta, strict=True): p -= rate*m.mul_(0.9).add_(g*min(1, 0.5/length) + 0.01*p)
-        for p, trained in zip(model.parameters(), state.model.parameters(), strict=True): torch.testing.assert_close(trained, p, rtol=1e-4, atol=1e-6)
+        for p, trained in zip(model.parameters(), state.fast.parameters(), strict=True): torch.testing.assert_close(trained, p, rtol=1e-4, atol=1e-6)
 
 @pytest.mark.parametrize('recipe, eps', [('paper', 1e-4), ('modern', 1e-5)])
 def test_the_floor_of_the_variance_is_that_of_the_recipe(recipe, eps):
     model = make_model(make_recipe(SMALL | dict(norm='bn', recipe=recipe), digits), 10)
     assert {m.eps for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {eps}
-
-def test_a_run_before_does_not_decide_how_this_one_computes(monkeypatch):
-    "The first weights are written as all others are, whatever another run of this process had compiled"
-    def compiled(*args): raise AssertionError('compiled')
-    monkeypatch.setattr(Kernel, 'wanted', True)
-    monkeypatch.setattr(write_weight, 'fast', compiled)
-    recipe = make_recipe(SMALL | dict(norm='wn', compile='off'), digits)
-    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
-    assert not Kernel.wanted and state.model.conv1.ready.isfinite().all()
 
 @pytest.mark.slow
 @pytest.mark.parametrize('norm', ('bn', 'trelu'))

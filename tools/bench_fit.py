@@ -23,7 +23,7 @@ def bare_steps(state, batches):
     "The least that trains"
     begin = time.perf_counter()
     for x, y in batches:
-        loss = F.cross_entropy(state.model(x), y)
+        loss = F.cross_entropy(state.fast(x), y)
         state.optimizer.zero_grad()
         loss.backward()
         state.optimizer.step()
