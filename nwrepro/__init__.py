@@ -1,1 +1,9 @@
 __version__ = "0.1.0"
+
+_HOMES = dict(SCHEMES='later', Scheme='surgery', convert='surgery', fold='surgery', to_timm='surgery', load_runs='runs')  # the public interface
+__all__ = list(_HOMES)
+
+def __getattr__(name):  # imported when asked for: most of what uses this package needs one of them
+    if name not in _HOMES: raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    from importlib import import_module
+    return getattr(import_module(f'.{_HOMES[name]}', __name__), name)

@@ -12,7 +12,8 @@ import csv, math, shlex
 from collections import namedtuple
 from dataclasses import dataclass, fields
 import torch
-from .data import Source, project_root
+from .data import Source, data_set, project_root
+from .custom import load_schemes, scheme_hash
 from .later import SCHEMES
 from .networks import ARCHS, STEMS, stock_network
 from .surgery import choose, convert, parameter_roles, uses_batch_statistics
@@ -20,11 +21,13 @@ from .surgery import choose, convert, parameter_roles, uses_batch_statistics
 # %% ../nbs/06_recipe.ipynb #fe9aa8f0
 Rule = namedtuple('Rule', 'kind words accepts word', defaults=(lambda value: True, None))  # `word` is accepted besides values of the kind
 RULES = dict(
-    norm=Rule(str, 'normalization scheme: bn, none, wn, np, trelu, a later one (gn, gn_ws, wn_mbn, skipinit, nf, dyt) or one of your own in SCHEMES'),
+    norm=Rule(str, 'normalization scheme: bn, none, wn, np, trelu, a later one (gn, gn_ws, wn_mbn, skipinit, nf, dyt) or one of your own in schemes'),
+    schemes=Rule(str, 'Python files with schemes of your own, joined by commas; none = none'),
     init=Rule(str, 'initialization: torch, data, norm_preserving, np, even, keep (the weights of the stock network); none = the default of the scheme'),
     data=Rule(str, 'data: auto, digits, imagenette, cifar10, cifar10-jpeg, imagenet, folder or another timm data-set string'),
     data_dir=Rule(str, 'folder that holds the data; none = $NWREPRO_DATA, else data/'),
     train_images=Rule(int, 'size of a fixed class-balanced subset of the training images, at least 2; none = all', lambda v: v >= 2),
+    subset_seed=Rule(int, 'seed of the choice of train_images, a whole number of at least 0; none = seed', lambda v: v >= 0),
     holdout=Rule(float, 'share of the training images held out and evaluated on instead of val, at least 0 and below 1', lambda v: 0 <= v < 1),
     arch=Rule(str, 'network: resnet18 to resnet152 of timm, or cifar10_nv'),
     stem=Rule(str, 'first layers of a ResNet: imagenet (7x7, stride 2, max-pool) or cifar (3x3, stride 1, no max-pool)', lambda v: v in STEMS),
@@ -88,6 +91,7 @@ def check_parameters(
     "All parameters, checked by themselves; ValueError for the first that is unknown or not accepted"
     for name in given: choose('parameter', name, list(RULES))
     values = {name: parse_value(name, given.get(name, DEFAULTS.get(name))) for name in RULES}
+    load_schemes(values['schemes'])
     choose('norm', values['norm'], list(SCHEMES))
     choose('recipe', values['recipe'], list(RECIPES))
     if values['init'] is not None: choose(f"init for norm {values['norm']!r}", values['init'], (*SCHEMES[values['norm']].inits, 'keep'))
@@ -130,9 +134,12 @@ SETTINGS['cifar10-jpeg'] = SETTINGS['cifar10']
 class Recipe:
     "All that defines a run, resolved; provenance of each default is in the tables above"
     norm:str                # scheme in `SCHEMES`
+    scheme:str|None         # fingerprint of the file that the scheme comes from; None = this package
     init:str                # name in `INITS`, or 'keep'
-    data:str                # data source
+    data:str                # data set
+    images:str|None         # fingerprint of images that have no fixed name; None = those of `data`
     train_images:int|None   # size of the class-balanced training subset, images; None = all
+    subset_seed:int         # of the choice of that subset
     holdout:float           # share of the training images evaluated on instead of val
     arch:str                # timm ResNet, or cifar10_nv
     stem:str                # of a ResNet: 'imagenet' or 'cifar'
@@ -189,18 +196,14 @@ def tuned_lr(
 
 # %% ../nbs/06_recipe.ipynb #s7f4c7s1
 Facts = namedtuple('Facts', 'batch_statistics roles')
-_facts = {}  # of networks that were asked for: (scheme, Facts)
 
 def scheme_facts(
-    recipe,   # norm, arch, stem, width, bn_batch
+    recipe,   # norm, arch, bn_batch
 )->Facts:     # does an image's output depend on the rest of its batch? which roles do parameters have?
-    "What a scheme makes of the network of a run; ValueError where it cannot be made, or takes batch statistics that nobody can set"
-    key, slots = (recipe.norm, recipe.arch, recipe.stem, recipe.width), SCHEMES[recipe.norm]
-    if key not in _facts or _facts[key][0] is not slots:
-        with torch.random.fork_rng(devices=[]): stock = stock_network(recipe.arch, 10, recipe.stem, recipe.width)
-        model = convert(stock, recipe.norm, 'keep', bn_batch=recipe.bn_batch)
-        _facts[key] = slots, Facts(uses_batch_statistics(model), set(parameter_roles(model).values()))
-    return _facts[key][1]
+    "What a scheme makes of a network of this kind; ValueError where it cannot be made, or takes batch statistics that nobody can set"
+    with torch.random.fork_rng(devices=[]): stock = stock_network('cifar10_nv' if recipe.arch == 'cifar10_nv' else 'resnet18', 10)
+    model = convert(stock, recipe.norm, 'keep', bn_batch=recipe.bn_batch)
+    return Facts(uses_batch_statistics(model), set(parameter_roles(model).values()))
 
 # %% ../nbs/06_recipe.ipynb #992ef952
 def of_network(
@@ -217,10 +220,12 @@ def make_recipe(
 )->Recipe:          # resolved
     "Fill what `given` leaves open from the tables of the data and of the recipe; ValueError where values don't fit together"
     values = check_parameters(given)
-    norm, table = values['norm'], SETTINGS.get(source.name, SETTINGS['imagenette'])
+    norm, data = values['norm'], data_set(source)
+    table = SETTINGS.get(data, SETTINGS['imagenette'])
     filled = RECIPES[values['recipe']] | table | of_network(values, SCHEMES[norm]) | dict(lr=table['lr'].get(norm))
-    filled |= {k: v for k, v in values.items() if v is not None} | dict(data=source.name)
-    if filled['lr'] is None: raise ValueError(f'norm {norm!r} has no default learning rate on {source.name}: give lr, a number, or tuned where a sweep has found one')
+    filled |= {k: v for k, v in values.items() if v is not None} | dict(data=data, scheme=scheme_hash(norm), images=None if source.name in SETTINGS else source.fingerprint[:16])
+    filled['subset_seed'] = 0 if not values['train_images'] else values['seed'] if values['subset_seed'] is None else values['subset_seed']
+    if filled['lr'] is None: raise ValueError(f'norm {norm!r} has no default learning rate on {data}: give lr, a number, or tuned where a sweep has found one')
     if filled['lr'] == 'tuned': filled['lr'] = tuned_lr(filled)
     names = [f.name for f in fields(Recipe)]
     recipe = Recipe(**{name: filled.get(name) for name in names})

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NEWER', 'RESULTS', 'ENDS', 'write_atomic', 'plain', 'restored', 'to_json', 'canonical', 'safe', 'run_name',
-           'versions', 'git_state', 'cells_of', 'code_hash', 'cpu_model', 'machine', 'determinism', 'provenance',
+           'versions', 'git_state', 'imported_files', 'code_hash', 'cpu_model', 'machine', 'determinism', 'provenance',
            'from_line', 'read_metrics', 'read_json', 'Record', 'Log', 'move_aside', 'Run', 'load_runs']
 
 # %% ../nbs/05_runs.ipynb #3d8f5037
-import csv, hashlib, io, itertools, json, math, os, platform, re, subprocess, uuid
+import ast, csv, hashlib, io, itertools, json, math, os, platform, re, subprocess, uuid
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -77,7 +77,7 @@ def safe(
     return re.sub(r'[^A-Za-z0-9._-]|^\.', '_', str(word))[:40]
 
 # %% ../nbs/05_runs.ipynb #95da280a
-NEWER = dict(stem='imagenet', width=1.)  # parameters that runs of before lack, and what they were then
+NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0)  # parameters that runs of before lack, and what they were then
 
 def run_name(
     config:dict,                    # parameters; `norm`, `data`, `arch` and `seed` among them
@@ -112,24 +112,30 @@ def git_state(
     return dict(revision=revision, dirty=None if changes is None else changes != '')
 
 # %% ../nbs/05_runs.ipynb #f5863667
-def cells_of(
-    notebook:Path,      # a notebook that papermill runs; need not exist
-)->str:                 # source of its code cells, without those that hold parameters; empty where there is no file
-    "The code of a notebook"
-    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells'] if notebook.is_file() else []
-    tags = [set(cell['metadata'].get('tags', [])) for cell in cells]
-    return '\n\n'.join(''.join(cell['source']) for cell, tag in zip(cells, tags, strict=True)
-                       if cell['cell_type'] == 'code' and not tag & {'parameters', 'injected-parameters'})
+def imported_files(
+    module:Path,     # a Python file of a package
+)->list[Path]:       # itself among them, sorted
+    "What a file imports from its own package, directly or not"
+    found, left = set(), [module]
+    while left:
+        path = left.pop()
+        if path in found or not path.is_file(): continue
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            if not isinstance(node, ast.ImportFrom) or not node.level: continue
+            home = path.parents[node.level-1].joinpath(*(node.module or '').split('.'))
+            left += [home.with_suffix('.py'), home/'__init__.py', *(home/f'{alias.name}.py' for alias in node.names)]
+    return sorted(found)
 
 # %% ../nbs/05_runs.ipynb #f1a74656
 def code_hash(
-    folder:Path|None=None,      # folder of Python files; None = this package
-    notebook:Path|None=None,    # that runs them; None = `nbs/train.ipynb` of the project
-)->str:                         # 16 hex digits
-    "Fingerprint of the names and contents of a package's Python files, and of the code of the notebook that runs them"
-    digest = hashlib.sha256(cells_of(notebook or project_root()/'nbs'/'train.ipynb').encode())
-    for path in sorted((folder or Path(nwrepro.__file__).parent).glob('*.py')):
-        digest.update(path.name.encode()+b'\0'+hashlib.sha256(path.read_bytes()).digest())
+    module:Path|None=None,  # Python file of a package; None = the one that trains
+)->str:                     # 16 hex digits
+    "Fingerprint of a file and of all that it imports from its package, names and contents"
+    module = module or Path(nwrepro.__file__).with_name('training.py')
+    digest = hashlib.sha256()
+    for path in imported_files(module):
+        digest.update(path.relative_to(module.parent).as_posix().encode()+b'\0'+hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/05_runs.ipynb #420346bc
@@ -287,10 +293,11 @@ class Run(Log):
 # %% ../nbs/05_runs.ipynb #8ab6f238
 def load_runs(
     folder:str|Path|None=None,      # folder of runs; None = `reports/runs` of the project
-)->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary
+)->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary, and `code`, `dirty` and `hardware` of its provenance
     "Every run of a folder, ended or not, without those that were moved aside"
     folder = Path(folder or project_root()/'reports'/'runs')
     paths = [p for p in sorted(folder.glob('*')) if p.is_dir() and not re.search(r'\.old-\d+$', p.name)]
     runs = [run for p in paths if (run := Record(p.name, folder)).status != 'new']
-    rows = [dict(run=run.name, status=run.status) | run.config | run.summary | dict(status=run.status) for run in runs]
+    def origin(known): return dict(code=known.get('code'), dirty=known.get('git', {}).get('dirty'), hardware=' + '.join(known.get('machine', {}).get('gpus') or [known.get('machine', {}).get('cpu') or 'unknown']))
+    rows = [dict(run=run.name, status=run.status) | run.config | run.summary | dict(status=run.status) | origin(run.provenance) for run in runs]
     return pandas.DataFrame(rows, columns=None if rows else ['run', 'status'])

@@ -81,6 +81,8 @@ class Scheme:
     head:Callable = keep             # nn.Linear, or a last nn.Conv2d -> module
     inits:tuple = ('torch',)         # accepted names in `INITS`, the first is the default
     finish:Callable|None = None      # network whose slots are filled -> None, changed in place: what no slot can say
+    file:str = ''                    # path of the file that added it, and its text, which `load_schemes` fills in
+    source:str = ''
 
 # %% ../nbs/02_surgery.ipynb #954282a3
 _inits = ('norm_preserving', 'torch', 'data')

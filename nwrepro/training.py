@@ -33,13 +33,15 @@ from safetensors.torch import load_file, save
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.utils import accuracy
 from torch import nn
+from .custom import scheme_of
 from .data import Source, Views, balanced, holdout, key, load_source, loader, pipelines, shown
 from .fast import WNSGD, compiler_works, copy_norms, fast_form, plain_weights, readable_layers, write_back
 from .networks import stock_network
 from .processes import Onlooker, alike, by_all, divide, first_line, from_first, lost, make_accelerator, meet, merge_statistics, running, together, torchrun, tracked, wrapped
 from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, grad_length, layer_outputs, rounded, weight_lengths
 from .recipe import DEFAULTS, RECIPES, RULES, Recipe, check_parameters, make_recipe, scheme_facts
-from .runs import RESULTS, Record, Run, provenance, read_metrics, run_name, write_atomic
+from .runs import NEWER, RESULTS, Record, Run, code_hash, provenance, read_metrics, run_name, write_atomic
+from .later import SCHEMES
 from .surgery import convert, parameter_roles, uses_batch_statistics
 from .survival import Interrupted, Requests, begun_with, caught, changes, drop_states, hold, interrupts, load_state, plainly, release, save_state, stop_if
 
@@ -52,7 +54,7 @@ def make_views(
 )->Split:           # `train`, `train_eval`, `val`: Views; `batches`: steps per epoch
     "The images of a run"
     labels = source.train.labels
-    indices = list(range(len(labels))) if recipe.train_images is None else balanced(labels, recipe.train_images)
+    indices = list(range(len(labels))) if recipe.train_images is None else balanced(labels, recipe.train_images, recipe.subset_seed)
     kept, held = holdout([labels[i] for i in indices], recipe.holdout) if recipe.holdout else (range(len(indices)), [])
     train, held = [indices[k] for k in kept], [indices[k] for k in held]
     if len(train) < recipe.batch_size: raise ValueError(f'batch_size = {recipe.batch_size} is more than the {len(train)} images that are left to train on: give a batch_size of at most {len(train)}, or less holdout')
@@ -507,7 +509,8 @@ def load_result(
     show=print,       # called with a line that a person may want to see
 )->dict:              # summary of the run
     "Give a network the weights that a run ended with; nan, and a sentence, where they are not here"
-    weights = final_weights(run)
+    weights, code = final_weights(run), begun_with(run)['code']
+    if code not in (None, code_hash()): show(f'the result of run {run.name} is of other code ({code[:8]}, now {code_hash()[:8]}), and shown as it was recorded; fresh=True trains it again')
     if weights: model.load_state_dict(weights)
     else:
         show(f'the weights of run {run.name} are not here (expected at {shown(run.checkpoints/"final.safetensors")}): its result is shown, and `model` is filled with nan; fresh=True trains it again')
@@ -602,6 +605,7 @@ def begin_run(
             if not over():  # or the process that held it has ended it
                 run.changed = {} if fresh or run.status == 'new' else changed(run, source, values['accept_changes'])
                 run.begin(about(recipe, source, values), provenance(), fresh=fresh)
+                if SCHEMES[recipe.norm].source: write_atomic(run.path/'scheme.py', SCHEMES[recipe.norm].source)
         except BaseException:
             release(run)
             raise
@@ -612,7 +616,7 @@ def recipe_of(
     run:Record,    # begun
 )->Recipe:
     "The recipe in a record; fields that are newer than the record have the value of its table"
-    known = DEFAULTS | RECIPES[run.config['recipe']] | run.config
+    known = DEFAULTS | NEWER | RECIPES[run.config['recipe']] | run.config
     return Recipe(**{field.name: known.get(field.name) for field in fields(Recipe)})
 
 def trained(
@@ -622,7 +626,7 @@ def trained(
     weights = final_weights(run)
     if not weights:
         raise ValueError(f'run {run.name} has no weights here: they are expected at {shown(run.checkpoints/"final.safetensors")}; copy them from the machine that trained it, or train it again')
-    model = make_model(replace(recipe_of(run), init='keep'), run.config['source']['classes'])  # no init, since the weights come
+    with scheme_of(run.path/'scheme.py'): model = make_model(replace(recipe_of(run), init='keep'), run.config['source']['classes'])  # no init, since the weights come
     model.load_state_dict(weights)
     return model.eval()
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import nwrepro.runs
-from nwrepro.runs import (Record, Run, canonical, code_hash, determinism, git_state, load_runs, move_aside, plain, provenance, read_json,
+from nwrepro.runs import (Record, Run, canonical, code_hash, determinism, git_state, imported_files, load_runs, move_aside, plain, provenance, read_json,
                           read_metrics, restored, run_name, to_json, write_atomic)
 
 CONFIG = dict(norm='wn', data='digits', arch='resnet50', seed=0, lr=0.05, epochs=8)
@@ -306,16 +306,20 @@ def test_git_state_of_a_real_checkout(tmp_path, monkeypatch):
     assert git_state(tmp_path) == dict(revision=None, dirty=None)
 
 
-def test_code_hash_sees_content_and_names(tmp_path):
-    hashes = []
-    for name, text in (('a.py', 'x'), ('a.py', 'y'), ('b.py', 'y')):
-        (tmp_path/name).write_text(text)
-        hashes.append(code_hash(tmp_path))
-    (tmp_path/'a.py').unlink()
-    hashes.append(code_hash(tmp_path))
-    (tmp_path/'notes.txt').write_text('not code')
-    assert len(set(hashes)) == 4 and code_hash(tmp_path) == hashes[-1]
-    assert code_hash() == code_hash(Path(nwrepro.__file__).parent)
+def test_code_hash_sees_what_is_imported_and_nothing_else(tmp_path):
+    (tmp_path/'inner').mkdir()
+    files = {'loop.py': 'from .layers import a\nfrom . import data\nimport torch', 'layers.py': 'from .inner.deep import b', 'data.py': 'from .loop import c', 'inner/deep.py': 'from ..extra import d',
+             'inner/__init__.py': '', 'extra.py': 'd = 1', 'figures.py': 'from .loop import a'}
+    def hash_with(**changed):
+        for name, text in (files | {k.replace('__', '/')+'.py': v for k, v in changed.items()}).items(): (tmp_path/name).write_text(text)
+        return code_hash(tmp_path/'loop.py')
+    first = hash_with()
+    assert {p.name for p in imported_files(tmp_path/'loop.py')} == {'loop.py', 'layers.py', 'data.py', 'deep.py', 'extra.py'}
+    assert hash_with(figures='other') == hash_with(notes='no code') == first == hash_with()
+    for name in ('loop', 'layers', 'data', 'inner__deep', 'extra'): assert hash_with(**{name: files[name.replace('__', '/')+'.py']+'\n# edited'}) != first, name
+    (tmp_path/'extra.py').unlink()
+    assert code_hash(tmp_path/'loop.py') != first
+    assert code_hash() == code_hash(Path(nwrepro.__file__).with_name('training.py'))
 
 
 def test_provenance_is_complete_and_plain(tmp_path, monkeypatch):
