@@ -15,7 +15,7 @@ import torch
 from .data import Source, data_set, project_root
 from .custom import load_schemes, scheme_hash
 from .later import SCHEMES
-from .networks import ARCHS, STEMS, stock_network
+from .networks import ARCHS, STEMS, check_stem, stock_network
 from .surgery import choose, convert, parameter_roles, uses_batch_statistics
 
 # %% ../nbs/06_recipe.ipynb #fe9aa8f0
@@ -96,6 +96,7 @@ def check_parameters(
     choose('recipe', values['recipe'], list(RECIPES))
     if values['init'] is not None: choose(f"init for norm {values['norm']!r}", values['init'], (*SCHEMES[values['norm']].inits, 'keep'))
     choose('arch', values['arch'], ARCHS)
+    check_stem(values['arch'], values['stem'])
     return values
 
 # %% ../nbs/06_recipe.ipynb #24affc44

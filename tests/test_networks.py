@@ -8,7 +8,6 @@ from conftest import FIVE, ROOT
 from torch import nn
 from nwrepro.data import load_source, pipelines
 from nwrepro.fast import fast_form
-from nwrepro.init import layer_parts
 from nwrepro.later import MeanOnlyBatchNorm2d, SCHEMES
 from nwrepro.layers import GhostBatchNorm2d, filter_norms
 from nwrepro.networks import scaled, stock_network
@@ -83,9 +82,10 @@ def test_full_width_draws_the_numbers_of_timm():
 @pytest.mark.parametrize('norm', ('none', 'wn'))
 def test_norm_preserving_gains_without_residual_blocks(norm):
     model = network('cifar10_nv', norm, 'norm_preserving')
-    for layer, (part, _) in layer_parts(model).items():
+    for k in range(1, 10):
+        layer = model.get_submodule(f'conv{k}')
         norms = filter_norms(layer.w if norm == 'wn' else layer.weight)
-        wanted = 3**-0.5 if part == 'head' else (2*layer.in_channels/layer.out_channels)**0.5
+        wanted = 3**-0.5 if k == 9 else (2*layer.in_channels/layer.out_channels)**0.5
         torch.testing.assert_close(norms, torch.full_like(norms, wanted))
 
 def test_the_shallow_network_sees_crops_of_28_pixels():
@@ -141,7 +141,7 @@ def test_the_committed_learning_rates_hold_for_what_their_runs_were():
 # batch statistics, whatever the scheme is called
 
 class Nameless(GhostBatchNorm2d): pass
-OTHERS = dict(bn2=Scheme(), mine=Scheme(norm=lambda bn: Nameless(bn.num_features)), wn_mbn=SCHEMES['wn_mbn'])
+OTHERS = dict(bn2=Scheme(source='of a file'), mine=Scheme(norm=lambda bn: Nameless(bn.num_features), source='of a file'), wn_mbn=SCHEMES['wn_mbn'])
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=1, warmup_epochs=0, image_size=16, batch_size=20, lr=0.01, max_steps=1)
 
 @pytest.mark.parametrize('norm', OTHERS)
@@ -167,15 +167,30 @@ def test_a_batch_that_cannot_be_divided_is_refused_for_mean_only_statistics(tmp_
     assert not (tmp_path/'reports').exists()
 
 def test_plain_batch_normalization_is_refused_where_the_statistics_batch_counts(monkeypatch):
-    monkeypatch.setitem(SCHEMES, 'mine', Scheme(norm=lambda bn: nn.BatchNorm2d(bn.num_features)))
+    monkeypatch.setitem(SCHEMES, 'mine', Scheme(norm=lambda bn: nn.BatchNorm2d(bn.num_features), source='of a file'))
     with pytest.raises(ValueError, match=r'^BatchNorm2d \(bn1\) takes its statistics from the whole batch, whatever bn_batch says: use GhostBatchNorm2d'): make_recipe(SMALL | dict(norm='mine'), digits)
 
 def test_a_redefined_scheme_is_asked_anew(monkeypatch):
-    monkeypatch.setitem(SCHEMES, 'mine', Scheme())
+    monkeypatch.setitem(SCHEMES, 'mine', Scheme(source='of a file'))
     recipe = make_recipe(SMALL | dict(norm='mine'), digits)
     assert scheme_facts(recipe).batch_statistics
     monkeypatch.setitem(SCHEMES, 'mine', SCHEMES['none'])
     assert not scheme_facts(recipe).batch_statistics
+
+@pytest.mark.parametrize('norm', ('gn_ws', 'nf', 'wn_mbn', 'skipinit'))
+def test_kept_weights_are_those_of_the_stock_network(norm):
+    stock = stock_network(*NETWORKS['resnet18'])
+    model = convert(stock, norm, 'keep')
+    for name, conv in stock.named_modules():
+        if not isinstance(conv, nn.Conv2d): continue
+        layer = model.get_submodule(name)
+        assert (layer.v if norm == 'wn_mbn' else layer.weight).equal(conv.weight) and not (layer.bias is not None and layer.bias.any())
+
+def test_mean_only_statistics_in_evaluation():
+    layer, x = MeanOnlyBatchNorm2d(2), torch.randn(4, 2, 3, 3)
+    layer.running_mean.copy_(torch.tensor([1., -2.]))
+    with torch.no_grad(): layer.bias.copy_(torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(layer.eval()(x), x+torch.tensor([-0.5, 2.25])[:,None,None])
 
 def test_running_means_of_processes_are_those_of_one():
     torch.manual_seed(0)
