@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from .data import PIPELINES, Source, Views, load_source, loader, pipelines
 from .processes import first_line
-from .stats import wilson
+from .predictions import wilson
 from .training import tally
 
 # %% ../nbs/06_known.ipynb #ef64de15

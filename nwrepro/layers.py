@@ -153,7 +153,6 @@ class TReLU(nn.Module):
     )->torch.Tensor:     # same shape and dtype
         alpha = self.alpha.to(x.dtype)[:,None,None]
         return torch.where(x <= alpha, alpha, x)  # not torch.maximum: it halves the gradient at ties, and ties are common at 0
-    def extra_repr(self)->str: return f'{len(self.alpha)}'
 
 # %% ../nbs/00_layers.ipynb #b174468b
 class WNAdd(nn.Module):
@@ -171,4 +170,3 @@ class WNAdd(nn.Module):
     )->torch.Tensor:            # `[N, C, H, W]`
         weights = self.weights.to(residual.dtype)[:,:,None,None]
         return weights[0]*residual + weights[1]*shortcut
-    def extra_repr(self)->str: return f'{self.u.shape[1]}'

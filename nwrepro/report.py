@@ -17,19 +17,23 @@ from urllib.parse import quote
 import jinja2, pandas
 from markupsafe import Markup, escape
 from . import scaling
+from .accuracy import against_bn
+from .arms import by_setting, comparable, complete, is_whole
+from .claims import CLAIMS
 from .data import project_root
 from .figures import Shelf, learning_rates, listed, picture_of, save, starts, tuning_runs, whole_runs
 from .runs import Record, write_atomic
-from .stats import CLAIMS, by_setting, comparable, complete, is_whole
 
 # %% ../nbs/09_report.ipynb #8fe58159
-ANALOGUE = dict(supported='agrees in direction', contradicted='disagrees in direction', undecided='undecided')
+ANALOGUE = dict(supported='agrees in direction', contradicted='disagrees in direction')
 
 def wording(
-    verdict,  # `nwrepro.stats.Verdict`
+    verdict,  # `nwrepro.verdicts.Verdict`
 )->str:
     "What may be said of a claim"
-    return f"{ANALOGUE.get(verdict.verdict, verdict.verdict)} (analogue)" if verdict.kind == 'analogue' else verdict.verdict
+    word = ANALOGUE.get(verdict.verdict, verdict.verdict) if verdict.kind == 'analogue' else verdict.verdict
+    beside = [verdict.note, 'analogue' if verdict.kind == 'analogue' else '', 'exploratory' if verdict.exploratory and not verdict.note else '']
+    return f"{word} ({', '.join(filter(None, beside))})" if any(beside) else word
 
 # %% ../nbs/09_report.ipynb #003b2e3a
 def tally(
@@ -61,10 +65,11 @@ def conclusion(
     verdicts:list,  # `Verdict`s
 )->str:
     "What may be concluded"
-    decided = [v for v in verdicts if v.verdict in ('supported', 'contradicted')]
+    decided = [v for v in verdicts if v.verdict in ('supported', 'contradicted', 'equivalent')]
+    loose = sum(bool(v.exploratory) for v in decided)
     claims, analogues = ([v for v in decided if v.kind == kind] for kind in ('claim', 'analogue'))
     if claims: return f"Decided in the paper's own setting: {tally(claims, CLAIMS)}; everything else is an analogue, undecided or not tested."
-    if analogues: return f"Nothing here was decided in the paper's own setting, so the paper is neither confirmed nor refuted; in smaller settings, {len(analogues)} of the {len(verdicts)} claims got an answer."
+    if analogues: return f"Nothing here was decided in the paper's own setting, so the paper is neither confirmed nor refuted; in smaller settings, {len(analogues)} of the {len(verdicts)} claims got an answer, {loose} of them an exploratory one, which shows where to look and decides nothing."
     tested = sum(v.verdict != 'not tested' for v in verdicts)
     return f"Nothing is decided: {tested} of the {len(verdicts)} claims were measured, and no interval of theirs decides; each section below says what that would take."
 
@@ -81,7 +86,7 @@ def answer(
             conclusion(verdicts)]
 
 # %% ../nbs/09_report.ipynb #41b499c1
-EXTRAS = dict(starts=('Starts side by side', starts, whole_runs), rates=('How the learning rates were chosen', learning_rates, tuning_runs))
+EXTRAS = dict(starts=('All inits and learning rates', starts, whole_runs), rates=('How the learning rates were chosen', learning_rates, tuning_runs))
 
 def shown(
     verdict,      # `Verdict` of a claim
@@ -268,18 +273,20 @@ PAGE = '''<!doctype html>
 <title>Batch or weight normalization: the runs of nwrepro</title><link rel="icon" href="data:,">
 <style>{{ datatables.css }}{{ css }}</style></head><body>
 <header><h1>Batch or weight normalization for large-scale image classification?</h1>
-<p>What {{ count }} runs say about the claims of Gitman &amp; Ginsburg (2017), arXiv:1709.08145. Made from the result files in <code>{{ place }}</code>.</p></header>
+<p>What {{ count }} runs say about the claims of Gitman &amp; Ginsburg (2017), arXiv:1709.08145. Made from the result files in <code>{{ place }}</code>. The rules that decide are a second edition, set after the first study and before the second; those on cost (C10, C11) were set after the records they are applied to.</p></header>
 <main><section id="answer" aria-labelledby="answer-title"><h2 id="answer-title" style="margin-top:0;border:0">The answer</h2>
 <ol>{% for sentence in answer %}<li>{{ sentence|code }}</li>{% endfor %}</ol></section>
 {% if notes %}<details id="missing"{% if notes|length < 6 %} open{% endif %}><summary>What is missing ({{ notes|length }})</summary><ul>{% for note in notes %}<li>{{ note|code }}</li>{% endfor %}</ul></details>{% endif %}
-<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}{% for c in extras %}<a href="#{{ c.key }}">{{ c.title }}</a> {% endfor %}<a href="#settings">By setting</a> {% if scaling %}<a href="#scaling">Scaling</a> {% endif %}<a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
+<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}{% for c in extras %}<a href="#{{ c.key }}">{{ c.title }}</a> {% endfor %}{% if beside.rows %}<a href="#beside">Beside bn</a> {% endif %}<a href="#settings">By setting</a> {% if scaling %}<a href="#scaling">Scaling</a> {% endif %}<a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
 <h2 id="claims">The claims and their verdicts</h2>
-<p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing.</p>
-<div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>known from</th></tr></thead><tbody>
-{% for c in claims %}<tr><td><a href="#{{ c.key }}">{{ c.key }}</a> {{ c.title }}</td><td><span class="verdict {{ c.verdict }}">{{ c.wording }}</span></td><td>{{ c.why|code }}</td><td>{{ c.tag }}</td></tr>{% endfor %}</tbody></table></div>
+<p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing. <b>Exploratory</b>: how arms were chosen and repeated departs from the rules, so the verdict shows where to look. <b>Not testable here</b>: the setting leaves the claim nothing to decide.</p>
+<div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>how learning rates were chosen</th><th>known from</th></tr></thead><tbody>
+{% for c in claims %}<tr><td><a href="#{{ c.key }}">{{ c.key }}</a> {{ c.title }}</td><td><span class="verdict {{ c.verdict }}">{{ c.wording }}</span></td><td>{{ c.why|code }}</td><td>{{ c.budgets|join('; ') }}</td><td>{{ c.tag }}</td></tr>{% endfor %}</tbody></table></div>
 {% if places %}<p>Where the runs of a verdict stand:</p><ul>{% for where, keys in places.items() %}<li>{{ keys|join(', ') }}: {{ where|code }}</li>{% endfor %}</ul>{% endif %}
 {% for c in claims %}{% include 'claim' %}{% endfor %}
 {% for c in extras %}<section aria-labelledby="{{ c.key }}"><h2 id="{{ c.key }}">{{ c.title }}</h2>{% include 'figure' %}</section>{% endfor %}
+{% if beside.rows %}<h2 id="beside">Every scheme beside bn</h2>
+<p>Test accuracy of <code>bn</code> minus that of the scheme, in points, with the 95 % interval by Welch over seeds; n finished runs of each. No claim of the paper, and not adjusted for how many schemes are asked about.</p>{{ grid(beside) }}{% endif %}
 <h2 id="settings">Results by setting</h2>
 {% if settings.rows %}<p>A row per scheme and setting: runs started, finished and diverged; means and 95 % intervals (from n = 3) of test and training accuracy, percent; with holdout, the images tested on are training images that were held out.{% if settings.shared %} In all rows: {{ settings.shared }}.{% endif %}</p>{{ grid(settings) }}{% else %}<p>No runs, so no settings.</p>{% endif %}
 {% if scaling %}<h2 id="scaling">Many cards: a prediction</h2>
@@ -298,9 +305,11 @@ PAGE = '''<!doctype html>
 CLAIM = '''<section aria-labelledby="{{ c.key }}"><h2 id="{{ c.key }}">{{ c.key }}: {{ c.title }}</h2>
 <p>{{ c.sentence|code }} <small>[{{ c.tag }}]</small></p>
 <p><span class="verdict {{ c.verdict }}">{{ c.wording }}</span>: {{ c.why|code }}</p>
+{% if c.exploratory %}<p><small>Exploratory: {{ c.exploratory|code }}.</small></p>{% endif %}
 {% if c.where %}<p><small>{{ c.where|code }}</small></p>{% endif %}
+{% if c.budgets %}<ul>{% for words in c.budgets %}<li>{{ words|code }}</li>{% endfor %}</ul>{% endif %}
 {% if c.decided.rows|length > 12 %}<details><summary>The numbers that decide</summary>{{ grid(c.decided) }}</details>{% elif c.decided.rows %}{{ grid(c.decided) }}{% endif %}
-<details><summary>How it is decided</summary><p>Measured: {{ c.observable|code }}</p><p>{{ c.rule|code }}</p></details>
+<details><summary>How it is decided</summary><p>Measured: {{ c.observable|code }}</p><p>{{ c.rule|code }}</p><p>Function: <code>{{ c.function }}</code>{% if c.drawn_by %}; figure: <code>nwrepro.figures.{{ c.drawn_by }}</code>{% endif %}.</p></details>
 {% if c.figure %}{% include 'figure' %}
 {% else %}<p>No figure: nothing was run that it could show.</p>{% endif %}</section>
 '''
@@ -351,7 +360,7 @@ def claim_part(
 )->dict:           # what the template of a claim asks for
     "One claim's section"
     claim = CLAIMS[verdict.key]
-    part = {name: getattr(claim, name) for name in ('key', 'title', 'sentence', 'tag', 'observable', 'rule')}
+    part = {name: getattr(claim, name) for name in ('key', 'title', 'sentence', 'tag', 'observable', 'rule', 'function')} | dict(drawn_by=claim.figure, budgets=verdict.budgets, exploratory=verdict.exploratory)
     part |= dict(verdict=verdict.verdict if verdict.kind == 'claim' else 'analogue', wording=wording(verdict), why=ended(verdict.why), where=ended(verdict.where) if verdict.where else '',
                  decided=table(verdict.numbers, f'Numbers that decide {verdict.key}'))
     made = cost_commands(picture) if verdict.key in ('C10', 'C11') else commands(runs, place) if picture else ''
@@ -387,6 +396,6 @@ def write_page(
     places = {part['where']: [other['key'] for other in parts if other['where'] == part['where']] for part in parts if part['where']}
     extras = [figure_part(key, title, pictures.get(key), commands(of(runs), place), out) for key, (title, _, of) in EXTRAS.items()]
     page = render(answer=answer(verdicts, runs), claims=parts, places=places, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
-                  settings=settings_part(runs), extras=[part for part in extras if part['figure']], scaling=many, again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
+                  settings=settings_part(runs), beside=table(against_bn(runs), 'Every scheme beside bn'), extras=[part for part in extras if part['figure']], scaling=many, again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
     write_atomic(out/'index.html', page)
     return out/'index.html'

@@ -4,10 +4,10 @@ import math
 import numpy, pandas, pytest, timm, torch
 from torch import nn
 
-from conftest import run_in
+from conftest import FIVE, run_in
 from nwrepro.roofline import Ceiling, Machine, Part, conv_work, filter_step, flops, gpu, kept_bytes, map_rates, on_gpus, part_work, predict, step_work, survey, work_seconds
-from nwrepro.stats import CLAIMS, cost_records
-from conftest import FIVE
+from nwrepro.claims import CLAIMS
+from nwrepro.costs import cost_records
 from nwrepro.surgery import convert, period_strides
 
 SMALL = '-p arch resnet18 -p image_size 16 -p batch_size 4 -p rounds 6'.split()
@@ -172,7 +172,7 @@ def test_cost_leaves_a_record_that_is_judged(project):
     assert list(record['kept_bytes']) == names and record['kept_bytes']['bn'] > record['kept_bytes']['none'] and record['kept_bytes']['torch_wn'] > record['kept_bytes']['none']
     assert record['operators']['bn']['batch norm'] > 0 == record['operators']['none'].get('batch norm', 0)
     verdict = CLAIMS['C10'].decide(None, project/'reports/runs')
-    assert verdict.kind == 'analogue' and verdict.numbers.n[0] >= 6
+    assert verdict.kind == 'analogue' and verdict.verdict == 'undecided' and 'rounds) in 1 process' in verdict.why
 
 @pytest.mark.slow
 def test_another_layout_has_a_record_of_its_own(project):

@@ -7,10 +7,11 @@ from urllib.parse import unquote, urlparse
 import pandas, pytest
 
 from conftest import ROOT, run_in
-from nwrepro.figures import FIGURES, LOOKS, Shelf, caption, picture_of, survival_numbers, tidy
+from nwrepro.arms import comparable
+from nwrepro.claims import CLAIMS, judge
+from nwrepro.figures import FIGURES, LOOKS, Shelf, caption, limit_numbers, picture_of, tidy
 from nwrepro.report import cell, command, conclusion, draw, write_page
 from nwrepro.runs import Run, load_runs, run_name
-from nwrepro.stats import CLAIMS, comparable, judge
 
 FIRST_LOOK = ROOT/'reports/first_look'
 ORIGIN = dict(versions=dict(torch='2.14.1'), machine=dict(cpu='made-up processor', gpus=[]), date='2026-01-01T00:00:00+00:00')
@@ -37,7 +38,7 @@ def make(folder, status='finished', top1=60., **changes):
     run.begin(values, ORIGIN)
     if status == 'started': return run
     for line in lines(top1): run.log(**line)
-    ends = dict(top1=top1, train_top1=top1+5, img_per_s=100.) if status == 'finished' else dict(diverged_step=7, diverged_reason='loss is nan')
+    ends = dict(top1=top1, train_top1=top1+5, img_per_s=100., verdict='learning') if status == 'finished' else dict(diverged_step=7, diverged_reason='loss is nan')
     run.finish(status, **ends)
     return run
 
@@ -128,7 +129,7 @@ def test_the_figure_of_cost_needs_records_and_no_runs(made, tmp_path):
     (tmp_path/'cost'/'torn.json').write_text('{"arch": "resn')
     (tmp_path/'cost'/'made.json').write_text(json.dumps(COST))
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    assert 'Figure of C11,' in words and 'papermill nbs/cost.ipynb reports/cost.ipynb' in words and 'bn takes 16.7 % of a step' in words
+    assert 'Figure of C11,' in words and 'papermill nbs/cost.ipynb reports/cost.ipynb' in words and 'percent of a step that bn takes: in bf16 16.7 (' in words and 'in 1 process' in words
 
 def test_means_have_intervals_from_three_runs_on(made, tmp_path):
     three = made[2]['C1'].numbers.query('what == "mean" and scheme == "wn"').iloc[0]
@@ -158,7 +159,7 @@ def test_page_of_real_runs(tmp_path):
     words, seen = check(page)
     assert sorted(p.name for p in (page.parent/'figures').iterdir() if p.stem not in ('C10', 'C11')) == [f'{k}.{end}' for k in ('C1', 'C2', 'C3', 'C4', 'C7', 'C8') for end in ('png', 'svg')]
     assert len([link for link in seen.links if link.endswith('config.json')]) == len(list(FIRST_LOOK.iterdir()))
-    assert 'undecided (analogue)' in words and ' supported' not in words.split('C1: ')[0]
+    assert 'undecided (analogue, exploratory)' in words and ' supported' not in words.split('C1: ')[0].replace('is not supported', '')
 
 def test_page_of_many_runs_links_each_file_and_tells_the_commands(made):
     words, seen = check(made[1])
@@ -172,7 +173,7 @@ def test_an_analogue_never_has_the_wording_of_a_claim(made):
     decided = [v for v in judge(runs, made[0]) if v.verdict in ('supported', 'contradicted')]
     assert decided and all(v.kind == 'analogue' for v in decided)
     verdicts = re.findall(r'<span class="verdict ([^"]*)">([^<]*)</span>', made[1].read_text())
-    assert ('analogue', 'agrees in direction (analogue)') in verdicts
+    assert ('analogue', 'agrees in direction (analogue, exploratory)') in verdicts
     assert not {'supported', 'contradicted'} & {word for pair in verdicts for word in pair}
     tested = [v for v in judge(runs, made[0]) if v.verdict != 'not tested']
     assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where for v in tested})  # in the claim's section, and under the table once for all that stand there
@@ -193,7 +194,7 @@ def test_a_page_shows_what_other_starts_came_to(tmp_path):
     make(tmp_path/'runs', norm='bn', arch='resnet34')
     make(tmp_path/'runs', norm='wn', init='norm_preserving', lr=0.3, holdout=0.2)
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    again = words.partition('Starts side by side')[2].rpartition('Starts side by side')[2]
+    again = words.partition('All inits and learning rates')[2].rpartition('All inits and learning rates')[2]
     assert 'Not drawn, as they differ in more: 1 of resnet34 on digits.' in words
     assert 'starts' in seen.ids and all(f'reports/{run.name}.ipynb' in again for run in begun) and 'max_steps' not in again and 'norm wn' not in again
     page_of(tmp_path/'nothing', tmp_path/'page')
@@ -207,13 +208,19 @@ def test_the_commands_of_cost_make_the_records_that_are_shown(made):
     words, _ = check(made[1])
     assert 'papermill nbs/cost.ipynb reports/cost.ipynb -p arch resnet18 -p image_size 24 -p batch_size 32 -p precision bf16' in words
 
-def test_a_rate_that_a_seed_never_tried_is_not_counted_as_lost():
-    tried = [(0, 1.), (0, 10.), (1, 1.), (2, 1.)]
-    runs = tidy(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr, status='finished') for seed, lr in tried]))
-    shares = survival_numbers(runs).query("what == 'survived'").set_index('lr')
-    assert shares['share'].to_dict() == {1.: 1., 10.: 1.} and shares['n'].to_dict() == {1.: 3, 10.: 1}
-    lost = pandas.concat([runs, runs.iloc[[2]].assign(run='lost', lr=5., status='diverged')])
-    assert survival_numbers(lost).query("what == 'survived'").set_index('lr')['share'].to_dict() == {1.: 1., 5.: 0.5, 10.: 0.5}
+def test_a_figure_of_stability_tells_learning_from_not_diverging():
+    rows = [(0, 1., 'learning'), (0, 10., 'stuck'), (0, 100., None), (1, 1., 'stuck'), (2, 1., 'learning')]
+    runs = tidy(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr, status='finished' if verdict else 'diverged', verdict=verdict or 'diverged') for seed, lr, verdict in rows]))
+    numbers = limit_numbers(runs)
+    shares = numbers.query("what == 'share'").set_index('lr')
+    assert shares['share'].to_dict() == {1.: pytest.approx(2/3), 10.: 0., 100.: 0.} and shares['n'].to_dict() == {1.: 3, 10.: 1, 100.: 1}
+    limits = {what: own.set_index('seed')[['lr', 'bounded']].values.tolist() for what, own in numbers[numbers.what != 'share'].groupby('what')}
+    assert limits == {'learns': [[1., True], [1., False]], 'does not diverge': [[10., True], [1., False], [1., False]]}
+
+def test_a_page_shows_how_rates_were_chosen_and_what_made_it_exploratory(made):
+    words, _ = check(made[1])
+    assert 'how learning rates were chosen' in words and 'bn (torch, lr 0.1): no hold-out record of this lr' in words and 'Exploratory: lr chosen without hold-out records; 3 final seeds of 5' in words
+    assert 'Function: nwrepro.accuracy.decide_c1; figure: nwrepro.figures.final_accuracy.' in words and 'set after the first study and before the second; those on cost (C10, C11) were set after' in words
 
 def test_a_figure_of_probes_shows_a_run_that_has_them(tmp_path):
     for seed in (0, 1): make(tmp_path/'runs', seed=seed)

@@ -11,7 +11,7 @@ from nwrepro import sweeps
 from nwrepro.recipe import TUNED_BY, make_recipe, tuned_lr, tuned_table
 from nwrepro.runs import Record, Run, load_runs, read_metrics
 from nwrepro.survival import hold, release
-from nwrepro.sweeps import (FACTORS, GRIDS, Outcome, bisection, expand, in_words, over, overview, paces, plan, preview, raise_failed, resolve, seconds_left,
+from nwrepro.sweeps import (FACTORS, GRIDS, Outcome, PROBE_STEPS, expand, in_words, ladder, learns, over, overview, paces, plan, preview, raise_failed, resolve, seconds_left,
                             setting, steps_done, survivors, sweep, sweep_parameters, together, tuning, unfinished_notebook, write_tuned)
 from nwrepro.training import begin_run, load_source
 
@@ -125,8 +125,8 @@ def test_time_is_estimated_from_finished_runs_alone(elsewhere):
 
 def test_a_preview_touches_nothing(elsewhere):
     before = snapshot(elsewhere)
-    for grid, n in (('points', 2), ('tune_lr', 2*(5+2)), ('survival', 2*6)):
-        points = preview(SMALL | dict(norm=['bn', 'wn'], epochs=36), grid)
+    for grid, n in (('points', 2), ('tune_lr', 2*(5+2)), ('survival', 2*18)):
+        points = preview(SMALL | dict(norm=['bn', 'wn'], epochs='none' if grid == 'survival' else 36), grid)
         table = overview(points, jobs=2)
         assert len(points) == n and table.loc['all', 'status'] == f'0 of {n}' and set(table['left']) == {'unknown'}
     assert snapshot(elsewhere) == before
@@ -202,33 +202,50 @@ def test_threads_are_those_of_the_environment_or_a_share_of_the_cores(given, pro
     with pytest.raises(Launched) as told: sweeps.run_points(plan([SMALL | dict(norm='wn', processes=processes)]), 4, lambda running, failed: None)
     assert told.value.args == (threads,)
 
+PROBED = SMALL | dict(epochs='none')
+
+def judged(point, learned, survived):
+    pretend(point, 'finished' if survived else 'diverged', verdict='learning' if learned else 'stuck' if survived else 'diverged')
+
 @pytest.mark.parametrize('limit', [1e-4, 0.0123, 0.37, 5, 20])
-def test_bisection_encloses_the_largest_rate_that_survives(limit, elsewhere):
-    asked, probed = SMALL | dict(norm='wn', seed=[0, 1]), []
-    for one in bisection(asked):
-        for point in one: pretend(point, 'finished' if point.recipe.lr*2**point.recipe.seed < limit else 'diverged')
+def test_a_ladder_encloses_the_largest_lr_that_learns(limit, elsewhere):
+    probed = []
+    for one in ladder(PROBED | dict(norm='wn', seed=[0, 1])):
+        for point in one: judged(point, point.recipe.lr*2**point.recipe.seed <= limit, point.recipe.lr < 8*limit)
         probed += one
-    assert {p.steps for p in probed} == {10} and len(probed) == 12
+    assert {p.steps for p in probed} == {PROBE_STEPS}
     for row in survivors(probed).itertuples():
         at = limit/2**row.seed
-        assert not row.survives >= at and not row.diverges < at and row.probes == 6
-        if 1e-3 < at < 10: assert min(row.diverges, 10)/max(row.survives, 1e-3) < 1.17
-        if at <= 1e-3: assert math.isnan(row.survives)
-        if at >= 10: assert math.isnan(row.diverges)
+        assert row.learns <= at and not row.above < at and row.exceptions == []
+        if 2**-12 <= at < 16: assert row.above == 2*row.learns and row.no_divergence >= row.learns
+        assert row.probes == (18 if at < 2**-12 else sum(p.recipe.seed == row.seed for p in probed))
+    finest = min(p.recipe.lr for p in probed if p.recipe.seed == 0)
+    assert finest == 2**-13 or finest <= limit/2
 
-def test_bisection_keeps_a_combination_that_has_none(elsewhere):
+def test_a_stuck_probe_does_not_learn_and_a_lone_rung_does_not_end_the_ladder(elsewhere):
     probed = []
-    for one in bisection(SMALL | dict(norm='wn', grad_clip=['none', 1.])):
-        for point in one: pretend(point, 'finished' if point.recipe.lr < (2 if point.recipe.grad_clip else 0.1) else 'diverged')
+    for one in ladder(PROBED | dict(norm='wn')):
+        for point in one: judged(point, point.recipe.lr in (8, 2, 1), True)
+        probed += one
+    row, = survivors(probed).to_dict('records')
+    assert (row['learns'], row['above'], row['exceptions'], row['no_divergence'], row['probes']) == (2, 4, [8], 16, 5)
+    assert [learns(p.record) for p in probed] == [False, True, False, True, True]
+
+def test_combinations_of_a_ladder_end_one_by_one(elsewhere):
+    probed = []
+    for one in ladder(PROBED | dict(norm='wn', grad_clip=['none', 1.], lr=[0.01, 4])):
+        for point in one: judged(point, point.recipe.lr < 3 and point.recipe.grad_clip == 1, point.recipe.lr < 0.1)
         probed += one
     table = survivors(probed)
-    assert table['grad_clip'].isna().tolist() == [True, False] and table['probes'].tolist() == [6, 6]
-    assert table['survives'][0] < 0.1 <= table['diverges'][0] < table['survives'][1] < 2 <= table['diverges'][1]
+    assert table['grad_clip'].isna().tolist() == [True, False] and table['learns'].tolist() == [0, 0.0625] and table['probes'].tolist() == [9, 8]
 
-def test_a_probe_that_never_reaches_its_rate_is_refused(elsewhere):
-    with pytest.raises(ValueError, match='ends within its warm-up of 10, before the rate is reached: give max_steps = 110, or warmup_epochs = 0$'):
-        next(bisection(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=10)))
-    assert len(next(bisection(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=11)))) == 1
+def test_a_probe_that_never_has_its_steps_at_its_rate_is_refused(elsewhere):
+    with pytest.raises(ValueError, match='a probe of 10 steps has 0 after its warm-up of 10, and 200 are needed: give max_steps = 210 and as many epochs as that takes, or neither$'):
+        next(ladder(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=10)))
+    with pytest.raises(ValueError, match='after 210 of 250 steps the schedule has lowered the learning rate to 0.03 of its value, and 0.9 is needed: give epochs = 840$'):
+        next(ladder(SMALL | dict(norm='wn', epochs=50, warmup_epochs=2)))
+    point, = next(ladder(SMALL | dict(norm='wn', epochs='none', warmup_epochs=2)))
+    assert (point.steps, point.recipe.epochs, point.recipe.lr) == (210, 840, 16)
 
 def test_what_failed_is_named_at_the_end(elsewhere):
     points = preview(SMALL | dict(norm=['bn', 'wn']), 'points')
@@ -241,7 +258,7 @@ def test_a_grid_does_not_build_on_a_round_that_failed(elsewhere, monkeypatch):
         rounds.append(points)
         return {points[0].record.name: 'no'}
     monkeypatch.setattr(sweeps, 'run_points', fail)
-    outcome = sweep(SMALL | dict(norm='wn'), 'survival', 1, lambda table: None)
+    outcome = sweep(PROBED | dict(norm='wn'), 'survival', 1, lambda table: None)
     assert len(rounds) == 1 and list(outcome.failed) == [outcome.points[0].record.name]
 
 # real sweeps
@@ -340,9 +357,9 @@ def test_a_dry_run_of_the_notebook_runs_nothing(elsewhere):
     assert not (elsewhere/'reports/runs').exists() and not (elsewhere/'reports/tuned_lr.csv').exists()
 
 @pytest.mark.slow
-def test_a_real_bisection(elsewhere, monkeypatch):
-    monkeypatch.setattr(sweeps, 'PROBES', 2)
-    outcome = sweep(SMALL | dict(norm='wn', max_steps=2, lr=[1e-14, 1e12]), 'survival', 1, lambda table: None)
+def test_a_real_ladder(elsewhere, monkeypatch):
+    monkeypatch.setattr(sweeps, 'PROBE_STEPS', 2)
+    outcome = sweep(PROBED | dict(norm='wn', lr=[1e-13, 2e-13]), 'survival', 1, lambda table: None)
     raise_failed(outcome)
     row, = survivors(outcome.points).to_dict('records')
-    assert row['probes'] == 2 and (row['survives'], row['diverges']) == (0.1, 3.16e5)
+    assert row['probes'] == 2 and (row['learns'], row['no_divergence']) == (0, 2e-13) and {p.steps for p in outcome.points} == {2}
