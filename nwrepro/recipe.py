@@ -15,7 +15,7 @@ import torch
 from .data import Source, data_set, project_root
 from .custom import load_schemes, scheme_hash
 from .later import SCHEMES
-from .networks import ARCHS, STEMS, stock_network
+from .networks import ARCHS, STEMS, check_stem, stock_network
 from .surgery import choose, convert, parameter_roles, uses_batch_statistics
 
 # %% ../nbs/06_recipe.ipynb #fe9aa8f0
@@ -96,6 +96,7 @@ def check_parameters(
     choose('recipe', values['recipe'], list(RECIPES))
     if values['init'] is not None: choose(f"init for norm {values['norm']!r}", values['init'], (*SCHEMES[values['norm']].inits, 'keep'))
     choose('arch', values['arch'], ARCHS)
+    check_stem(values['arch'], values['stem'])
     return values
 
 # %% ../nbs/06_recipe.ipynb #24affc44
@@ -198,9 +199,10 @@ def tuned_lr(
 Facts = namedtuple('Facts', 'batch_statistics roles')
 
 def scheme_facts(
-    recipe,   # norm, arch, bn_batch
+    recipe,   # norm, arch, stem, width, bn_batch
 )->Facts:     # does an image's output depend on the rest of its batch? which roles do parameters have?
     "What a scheme makes of a network of this kind; ValueError where it cannot be made, or takes batch statistics that nobody can set"
+    with torch.device('meta'): stock_network(recipe.arch, 10, recipe.stem, recipe.width)  # refuses what a run does not take
     with torch.random.fork_rng(devices=[]): stock = stock_network('cifar10_nv' if recipe.arch == 'cifar10_nv' else 'resnet18', 10)
     model = convert(stock, recipe.norm, 'keep', bn_batch=recipe.bn_batch)
     return Facts(uses_batch_statistics(model), set(parameter_roles(model).values()))

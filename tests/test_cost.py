@@ -4,11 +4,11 @@ import math
 import numpy, pandas, pytest, timm, torch
 from torch import nn
 
-from conftest import run_in
+from conftest import FIVE, run_in
 from nwrepro.roofline import Ceiling, Machine, Part, conv_work, filter_step, flops, gpu, kept_bytes, map_rates, on_gpus, part_work, predict, step_work, survey, work_seconds
 from nwrepro.claims import CLAIMS
 from nwrepro.costs import cost_records
-from nwrepro.surgery import SCHEMES, convert, period_strides
+from nwrepro.surgery import convert, period_strides
 
 SMALL = '-p arch resnet18 -p image_size 16 -p batch_size 4 -p rounds 6'.split()
 INF = float('inf')
@@ -31,7 +31,7 @@ def test_sizes_of_a_network_by_hand(stock):
 def test_every_scheme_has_the_sizes_of_the_stock_network(arch):
     plain = timm.create_model(arch, num_classes=10)
     period_strides(plain)
-    for norm in SCHEMES:
+    for norm in FIVE:
         converted = convert(plain, norm)
         mode = [m.training for m in converted.modules()]
         pandas.testing.assert_frame_equal(survey(converted, 32), survey(plain, 32))

@@ -11,7 +11,8 @@ from torch import nn
 
 from nwrepro.layers import WNConv2d, WNLinear
 from nwrepro.probes import Watch, divergence, filter_coherence, first_nonfinite, grad_length, layer_outputs, layers, weight_lengths
-from nwrepro.surgery import SCHEMES, convert
+from conftest import FIVE
+from nwrepro.surgery import convert
 
 torch.set_num_threads(1)
 
@@ -50,7 +51,7 @@ def test_block_sizes_agree_with_timms_own_features(arch, stages):
         assert outputs['mean'][i] == pytest.approx(y.mean(), rel=6e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize('norm', list(SCHEMES))
+@pytest.mark.parametrize('norm', FIVE)
 def test_every_scheme_has_the_same_rows(norm):
     stock = layer_outputs(resnet(), images())
     model = convert(resnet(), norm)

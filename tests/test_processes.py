@@ -2,9 +2,9 @@
 import json, os, re, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 import numpy, pytest, torch
+from conftest import FIVE
 from safetensors.torch import load_file
 from nwrepro.runs import read_metrics
-from nwrepro.surgery import SCHEMES
 
 ROOT = Path(__file__).parent.parent
 SMALL = dict(data='digits', arch='resnet18', image_size=16, train_images=640, batch_size=64, warmup_epochs=1, lr=0.01, compile='off')
@@ -81,7 +81,7 @@ def test_processes_and_micro_batches_make_the_same_steps(project):
 
 @pytest.mark.slow
 def test_steps_of_every_scheme(project):
-    compared(project, SCHEMES, 4, 2)
+    compared(project, FIVE, 4, 2)
     compared(project, ('bn', 'wn'), 2, 4, bn_batch=16)
 
 def test_first_gradients_in_single_precision(project):

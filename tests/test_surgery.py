@@ -1,6 +1,7 @@
 "Every scheme on every timm ResNet from 18 to 152: nothing missed, counts, folding, and the way back to timm"
 import copy
 import pytest, timm, torch
+from conftest import FIVE
 from safetensors.torch import load, save
 from torch import nn
 from nwrepro.init import blocks, init_norm_preserving, layer_parts
@@ -23,7 +24,7 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 5e-5}
 
 @torch.no_grad()
 @pytest.mark.parametrize('dtype', LIMITS, ids=str)
-@pytest.mark.parametrize('norm', SCHEMES)
+@pytest.mark.parametrize('norm', FIVE)
 @pytest.mark.parametrize('arch', ('resnet18', 'resnet50'))
 def test_fold_keeps_the_logits(arch, norm, dtype):
     model, x = network(arch, norm, dtype), torch.randn(4, 3, 64, 64, dtype=dtype)
@@ -34,7 +35,7 @@ def test_fold_keeps_the_logits(arch, norm, dtype):
     assert all(m.bias is not None for m in folded.modules() if isinstance(m, nn.Conv2d)) == (norm != 'trelu')
 
 @torch.no_grad()
-@pytest.mark.parametrize('norm', SCHEMES)
+@pytest.mark.parametrize('norm', FIVE)
 def test_fold_keeps_dilated_filters(norm):
     "A network for segmentation, which keeps its maps large"
     model, x = network('resnet26', norm, torch.float64, output_stride=8), torch.randn(2, 3, 64, 64).double()
@@ -42,7 +43,7 @@ def test_fold_keeps_dilated_filters(norm):
     assert error(fold(model)(x), model(x)) <= LIMITS[torch.float64]
 
 @pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
-@pytest.mark.parametrize('norm', SCHEMES)
+@pytest.mark.parametrize('norm', FIVE)
 def test_fold_keeps_the_memory_format(norm, layout):
     folded = fold(network('resnet18', norm).to(memory_format=layout))
     assert all(m.weight.is_contiguous(memory_format=layout) for m in folded.modules() if isinstance(m, nn.Conv2d))
@@ -56,7 +57,7 @@ def test_stock_timm_loads_what_to_timm_writes(arch, norm, dtype):
     stock.load_state_dict(load(save(to_timm(model))), strict=True)
     assert error(stock.eval()(x), model(x)) <= LIMITS[dtype]
 
-@pytest.mark.parametrize('norm', SCHEMES)
+@pytest.mark.parametrize('norm', FIVE)
 @pytest.mark.parametrize('arch', ('resnet18', 'resnet26', 'resnet34', 'resnet50', pytest.param('resnet101', marks=pytest.mark.slow), pytest.param('resnet152', marks=pytest.mark.slow)))
 def test_nothing_is_missed(arch, norm):
     stock = timm.create_model(arch, num_classes=10)
@@ -72,7 +73,7 @@ def test_nothing_is_missed(arch, norm):
     assert set(parameter_roles(model)) == {name for name, _ in model.named_parameters()}
     assert model(torch.randn(2, 3, 32, 32)).isfinite().all()
 
-@pytest.mark.parametrize('norm', SCHEMES)
+@pytest.mark.parametrize('norm', FIVE)
 def test_copies_files_and_gradients(norm):
     torch.manual_seed(0)
     model, x = convert(timm.create_model('resnet18', num_classes=10), norm), torch.randn(4, 3, 32, 32)
@@ -110,9 +111,21 @@ def test_period_strides_keep_shapes_and_are_not_exported():
     assert model.forward_features(x).shape == (1, 2048, 2, 2)
     with pytest.raises(ValueError, match="strides 'v1'"): to_timm(model)
 
-@pytest.mark.parametrize('arch', ('resnet50d', 'seresnet50', 'resnetv2_50', 'mobilenetv3_small_050'))
-def test_networks_that_surgery_does_not_know_are_refused(arch):
-    with pytest.raises(ValueError, match='not a stock timm ResNet'): convert(timm.create_model(arch, num_classes=10), 'wn')
+@pytest.mark.parametrize('arch, more, layer', [('seresnet50', {}, r'Sigmoid \(layer1.0.se.gate\)'), ('resnetv2_50', {}, r'BatchNormAct2d \(stages.0.blocks.0.norm1\)'), ('mobilenetv3_small_050', {}, r'BatchNormAct2d \(bn1\)'),
+                                               ('resnetblur50', {}, r'BlurPool2d \(\S+\)'), ('resnet18', dict(act_layer='gelu'), r'GELU \(act1\)'), ('resnet50_gn', {}, r'GroupNorm \(bn1\)')], ids=str)
+def test_a_layer_that_surgery_does_not_know_is_named(arch, more, layer):
+    with pytest.raises(ValueError, match=rf'surgery does not know the layer {layer} of \w+: it knows Conv2d, '): convert(timm.create_model(arch, num_classes=10, **more), 'wn')
+
+@torch.no_grad()
+@pytest.mark.parametrize('norm', FIVE)
+@pytest.mark.parametrize('arch', ('resnet50d', 'resnetaa50', 'resnet34d'))
+def test_networks_of_known_layers_are_converted_whatever_their_stem_and_pools(arch, norm):
+    model, x = network(arch, norm, torch.float64), torch.randn(2, 3, 64, 64).double()
+    assert model(x).isfinite().all()
+    if norm != 'bn' or arch == 'resnetaa50': assert error(fold(model)(x), model(x)) <= LIMITS[torch.float64]
+    else:
+        with pytest.raises(ValueError, match=r'GhostBatchNorm2d \(bn1\) does not stand directly behind a convolution'): fold(model)
+    with pytest.raises(ValueError, match=r'fold\(model\)'): to_timm(model)
 
 def test_an_own_scheme_needs_one_line():
     SCHEMES['mine'] = Scheme(act=lambda channels: nn.PReLU(channels))
@@ -145,10 +158,6 @@ def test_slots_go_together_as_one_likes(slots, mine):
     with torch.no_grad():
         for p in model.parameters(): p.add_(0.05*torch.randn_like(p))
         for kernels in (False, True): assert error(fast_form(model, kernels)(x), model(x)) < 1e-4
-
-@pytest.mark.parametrize('arch, more', [('resnetblur50', {}), ('resnet18', dict(act_layer='gelu')), ('resnetaa50', {})], ids=str)
-def test_a_resnet_with_other_parts_is_refused(arch, more):
-    with pytest.raises(ValueError, match='is not a stock timm ResNet that surgery knows'): convert(timm.create_model(arch, num_classes=10, **more), 'np')
 
 def test_a_layer_that_hides_its_weight_is_neither_folded_nor_given_back(mine):
     class Doubled(nn.Conv2d):

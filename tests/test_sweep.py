@@ -152,7 +152,8 @@ def test_tuning_runs_the_best_two_again_and_lr_tuned_reads_the_winner(elsewhere)
     rows = write_tuned(short+long)
     for norm in ('bn', 'wn'):
         wanted = max((lr for n, lr in best if n == norm), key=lambda lr: top1(next(p.recipe for p in long if p.recipe.norm == norm and p.recipe.lr == lr)))
-        point, = preview(SMALL | dict(norm=norm, lr='tuned'), 'points')
+        with pytest.raises(ValueError, match=f'finds no row for .*norm {norm}.*epochs 6 '): preview(SMALL | dict(norm=norm, lr='tuned', epochs=6), 'points')
+        point, = preview(SMALL | dict(norm=norm, lr='tuned', epochs=36), 'points')
         assert point.recipe.lr == wanted == tuned_lr(setting(point.recipe)) and point.given['lr'] == 'tuned'
     assert rows['n'].tolist() == [2, 2] and rows['epochs'].tolist() == [12, 12]
     assert all(len(runs.split()) == 2 and all(Record(run).status == 'finished' for run in runs.split()) for runs in rows['runs'])
@@ -171,10 +172,10 @@ def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
         write_tuned([point])
     tune('wn', 0.1), tune('bn', 0.2), tune('wn', 0.3)
     lines = (elsewhere/'reports/tuned_lr.csv').read_text().splitlines()
-    assert len(lines) == 3 and lines[0].startswith('data,arch,image_size,recipe,norm,init,zero_init,batch_size,epochs,lr,top1,n,runs,date')
+    assert len(lines) == 3 and lines[0].startswith('data,arch,image_size,recipe,norm,init,zero_init,batch_size,stem,width,weight_decay,precision,epochs,lr,top1,n,runs,date')
     rates = [preview(SMALL | dict(norm=norm, lr='tuned'), 'points')[0].recipe.lr for norm in ('bn', 'wn')]
     assert rates == [0.2, 0.3]
-    with pytest.raises(ValueError, match='finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, zero_init False, batch_size 10 '):
+    with pytest.raises(ValueError, match='finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, zero_init False, batch_size 10, stem imagenet, width 1.0, weight_decay 0.0001, precision fp32, epochs '):
         preview(SMALL | dict(norm='wn', lr='tuned', batch_size=10), 'points')
 
 def test_a_setting_whose_every_rate_diverged_gets_no_row(elsewhere):

@@ -2,12 +2,11 @@
 import json, math, os, re, signal, subprocess, sys
 import nbformat, pytest, torch
 import nwrepro.training
-from conftest import ROOT
+from conftest import FIVE, ROOT
 from safetensors.torch import load_file
 from nwrepro.data import load_source, loader
 from nwrepro.recipe import RULES, check_parameters, make_recipe, notebook_parameters
 from nwrepro.runs import load_runs, read_metrics
-from nwrepro.surgery import SCHEMES
 from nwrepro.survival import HELD, Interrupted
 from nwrepro.sweeps import evaluations
 from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, main, make_model, make_views, probe, readable, recorded, seed_step, start, train_step, trained, what_broke
@@ -42,7 +41,7 @@ def cut_after(steps):
         return fit(model, views, recipe, run, **kwargs)
     return dying
 
-@pytest.mark.parametrize('norm, every', [*((norm, 3) for norm in SCHEMES), ('wn', 5)])  # 5: at an evaluation, which is done once more
+@pytest.mark.parametrize('norm, every', [*((norm, 3) for norm in FIVE), ('wn', 5)])  # 5: at an evaluation, which is done once more
 def test_a_cut_run_ends_as_one_that_was_not_cut(norm, every, tmp_path):
     summary, whole = train(tmp_path/'whole', norm=norm, lr=0.01)
     assert (summary['status'], summary['steps']) == ('finished', 10)
