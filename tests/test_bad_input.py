@@ -199,7 +199,7 @@ def test_a_damaged_run_is_not_gone_on_with(file, damage, sentence, elsewhere, ca
     assert main(words(given | dict(fresh=True))) == 0 and snapshot(run.with_name(f'{run.name}.old-1')) == before
 
 def test_other_images_are_not_trained_into_the_same_run(elsewhere, capsys):
-    given = SMALL | dict(data='folder', data_dir=elsewhere/'images', train_images='none', batch_size=4, bn_batch=4, norm='wn')
+    given = SMALL | dict(data='imagenette', data_dir=elsewhere/'images', train_images='none', batch_size=4, bn_batch=4, norm='wn')
     photographs(elsewhere/'images')
     assert main(words(given)) == 0
     run, = (elsewhere/'reports/runs').iterdir()
@@ -213,12 +213,12 @@ def test_other_images_are_not_trained_into_the_same_run(elsewhere, capsys):
     assert main(words(given)) == 0  # what was accepted is what its result belongs to
 
 def test_a_result_on_other_images_is_not_shown_for_these(elsewhere, capsys):
-    given = SMALL | dict(data='folder', train_images='none', batch_size=4, bn_batch=4, norm='wn')
+    given = SMALL | dict(data='imagenette', train_images='none', batch_size=4, bn_batch=4, norm='wn')
     for name in ('images', 'others'): photographs(elsewhere/name)
     Image.new('RGB', (9, 9)).save(elsewhere/'others/train/a/9.jpg')
     assert main(words(given | dict(data_dir=elsewhere/'images'))) == 0
     assert main(words(given | dict(data_dir=elsewhere/'others'))) == 2
-    assert re.search(r'^run wn-folder-\S+ has ended, on other images \(.* in 2 classes\): give fresh = True', capsys.readouterr().out.strip().splitlines()[-1])
+    assert re.search(r'^run wn-imagenette-\S+ has ended, on other images \(.* in 2 classes\): give fresh = True', capsys.readouterr().out.strip().splitlines()[-1])
     assert main(words(given | dict(data_dir=elsewhere/'images'))) == 0 and main(words(given | dict(data_dir=elsewhere/'others', accept_changes=True))) == 0
     assert main(words(given | dict(data_dir=elsewhere/'others', fresh=True))) == 0
 
