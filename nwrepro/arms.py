@@ -20,7 +20,7 @@ SETTING = ('data', 'fingerprint', 'classes', 'train', 'train_images', 'holdout',
            'batch_size', 'bn_batch', 'bn_eps', 'schedule', 'warmup_epochs', 'momentum', 'weight_decay', 'decay_on', 'dropout', 'grad_clip',
            'label_smoothing', 'pipeline', 'precision', 'channels_last')
 ARM = ('norm', 'init', 'zero_init')
-FREE = (*ARM, 'lr', 'seed', 'subset_seed', 'compile', 'code', 'dirty', 'hardware')
+FREE = (*ARM, 'lr', 'seed', 'subset_seed', 'compile', 'scheme', 'images', 'code', 'dirty', 'hardware')
 
 def complete(
     runs:pandas.DataFrame,      # as `load_runs` returns it, or any table of runs

@@ -32,7 +32,7 @@ def wording(
 )->str:
     "What may be said of a claim"
     word = ANALOGUE.get(verdict.verdict, verdict.verdict) if verdict.kind == 'analogue' else verdict.verdict
-    beside = [verdict.note, 'analogue' if verdict.kind == 'analogue' else '', 'exploratory' if verdict.exploratory and not verdict.note else '']
+    beside = [verdict.note, 'analogue' if verdict.kind == 'analogue' else '', 'exploratory' if verdict.exploratory and verdict.verdict != 'not testable here' else '']
     return f"{word} ({', '.join(filter(None, beside))})" if any(beside) else word
 
 # %% ../nbs/09_report.ipynb #003b2e3a

@@ -300,4 +300,7 @@ def load_runs(
     runs = [run for p in paths if (run := Record(p.name, folder)).status != 'new']
     def origin(known): return dict(code=known.get('code'), dirty=known.get('git', {}).get('dirty'), hardware=' + '.join(known.get('machine', {}).get('gpus') or [known.get('machine', {}).get('cpu') or 'unknown']))
     rows = [dict(run=run.name, status=run.status) | run.config | run.summary | dict(status=run.status) | origin(run.provenance) for run in runs]
+    for norm in {row.get('norm') for row in rows}:
+        own = [row for row in rows if row.get('norm') == norm]
+        if len({row.get('scheme') for row in own}) > 1: [row.update(norm=f"{norm} ({str(row.get('scheme'))[:6]})") for row in own]
     return pandas.DataFrame(rows, columns=None if rows else ['run', 'status'])

@@ -33,7 +33,7 @@ class Verdict:
     budgets:tuple = ()          # per arm that was compared, how its lr was chosen
     p:float = math.nan          # of no difference
     equal_p:float = math.nan    # of a difference as large as the margin or larger
-    note:str = ''               # in a word or two, why it is not testable here
+    note:str = ''               # in a few words, why it is not testable here, or what part of the claim was seen
 
 @dataclass(frozen=True)
 class Claim:

@@ -10,7 +10,7 @@ from nwrepro.accuracy import lr_noise, recovery_ruling
 from nwrepro.arms import ARM, FREE, SETTING, Arm, Budget, arms_of, budget, by_setting, candidates, comparable, complete, exploratory, grouped, matching, primary, representative
 from nwrepro.claims import CLAIMS, TOGETHER, adjusted, judge
 from nwrepro.costs import cost_records
-from nwrepro.courses import Course, early, epochs_to, gains, growth, premise, rise, running_accuracy
+from nwrepro.courses import Course, early, epochs_to, first_block_ratio, gains, growth, premise, rise, running_accuracy, trend_note
 from nwrepro.probes import layers
 from nwrepro.recipe import RECIPES, Recipe
 from nwrepro.runs import Run, load_runs, to_json
@@ -274,9 +274,11 @@ def test_the_noise_of_tuning_is_that_of_a_factor_of_two():
     assert 'a factor of two in lr moves that of one run of bn by 2.1 to 5.0 points' in decide('C1', runs).why and 'moves' not in decide('C1', BN, WN).why
 
 
-def test_where_both_have_memorized_c2_and_c4_have_nothing_to_decide():
+def test_where_neither_is_shown_below_the_ceiling_c2_and_c4_have_nothing_to_decide():
     full = runs_of('bn', [97.1, 97.4, 96.9], [99.9, 99.7, 100.]), runs_of('wn', [94.0, 93.1, 94.6], [100., 100., 99.9])
-    assert [(decide(key, *full).verdict, decide(key, *full).note) for key in ('C1', 'C2', 'C4')] == [('supported', ''), ('not testable here', 'both memorized'), ('not testable here', 'same as C1')]
+    assert [(decide(key, *full).verdict, decide(key, *full).note) for key in ('C1', 'C2', 'C4')] == [('supported', ''), ('not testable here', 'neither shown below 99.5 %'), ('not testable here', 'same as C1 but for 0.1 points')]
+    assert all('neither arm is shown to be below 99.5 % of the training images' in decide(key, *full).why and 'memorized' not in decide(key, *full).why for key in ('C2', 'C4'))
+    assert 'this is the gap of C1 (3.23 points) but for 0.10 points of training accuracy' in decide('C4', *full).why
     below = full[0].assign(train_top1=[98.0, 98.2, 97.9]), full[1]
     assert [decide(key, *below).verdict for key in ('C2', 'C4')] == ['supported', 'supported']
     wide = full[0].assign(train_top1=[99.4, 99.2, 98.5]), full[1]  # its interval holds 99.5
@@ -386,6 +388,14 @@ def test_first_and_last_slope_of_a_course():
     course = Course(growth=tuple((epoch, slope) for epoch, slope in enumerate([0.1, 0.3]+[0.5]*18+[1.])))
     assert early(course) == pytest.approx((0.1+0.3+0.5)/3) and rise(course) == pytest.approx(1-0.3)
     assert math.isnan(early(Course())) and math.isnan(rise(Course(growth=((0, 1.),))))
+
+
+def test_a_first_block_that_shrinks_or_does_not_is_told():
+    def ratios(*ends): return [first_block_ratio(Course(first=((0, 2.), (1, 0.1), (5, end)))) for end in ends]
+    assert ratios(1., 4.) == [0.5, 2.] and all(math.isnan(first_block_ratio(course)) for course in (Course(), Course(first=((1, 2.), (5, 1.))), Course(first=((0, 0.), (5, 1.)))))
+    grew, shrank, unclear = (mean_interval(ratios(*ends)) for ends in ((8., 8.4, 8.8), (1., 1.1, 1.2), (1., 2., 3.)))
+    assert [trend_note('supported', e) for e in (grew, shrank, unclear)] == ['slope rises from its early value; no vanishing seen', 'slope rises from its early value; first block shrinks', 'slope rises from its early value']
+    assert trend_note('undecided', grew) == ''
 
 
 def test_growth_of_silent_broken_or_few_blocks_is_unknown():

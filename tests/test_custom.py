@@ -162,7 +162,8 @@ def test_a_sweep_in_two_jobs_trains_an_edited_scheme_anew_and_keeps_the_rest(pro
     assert sorted(first.norm) == ['bn', 'bn', 'mine', 'mine'] and (first.status == 'finished').all()
     (project/'my_schemes.py').write_text(MINE.format(groups=4))
     second = sweep()
-    assert sorted(second.norm) == ['bn', 'bn', 'mine', 'mine', 'mine', 'mine'] and set(first.run) < set(second.run)
+    assert set(first.run) < set(second.run) and (second.norm == 'bn').sum() == 2
+    assert sorted(second.groupby('norm').size()) == [2, 2, 2] and second.norm.str.match(r'bn|mine \([0-9a-f]{6}\)').all()
 
 @pytest.mark.slow
 def test_a_scheme_of_ones_own_in_two_processes(project):

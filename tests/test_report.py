@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlparse
 import pandas, pytest
 
 from conftest import ROOT, run_in
+from nwrepro.accuracy import against_bn
 from nwrepro.arms import comparable
 from nwrepro.claims import CLAIMS, judge
 from nwrepro.figures import FIGURES, LOOKS, Shelf, caption, limit_numbers, picture_of, tidy
@@ -176,7 +177,7 @@ def test_an_analogue_never_has_the_wording_of_a_claim(made):
     assert ('analogue', 'agrees in direction (analogue, exploratory)') in verdicts
     assert not {'supported', 'contradicted'} & {word for pair in verdicts for word in pair}
     tested = [v for v in judge(runs, made[0]) if v.verdict != 'not tested']
-    assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where for v in tested})  # in the claim's section, and under the table once for all that stand there
+    assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where for v in tested})+len(against_bn(runs))  # in the claim's section, under the table once for all that stand there, and in the rows beside bn
     for where in {v.where for v in tested}: assert f"<li>{', '.join(v.key for v in tested if v.where == where)}: {where}.</li>" in made[1].read_text()
 
 def test_a_page_shows_how_the_rates_were_chosen(tmp_path):
