@@ -73,7 +73,7 @@ def assert_cut_ends_like(cut, whole):
     (weights, state, lines, summary, predictions), (w, s, l, m, p) = contents(cut), contents(whole)
     assert summary['status'] == 'finished' and state['step'] == STEPS
     for value in weights.values(): assert value.isfinite().all()
-    for part in ('model', 'optimizer', 'rule', 'sums', 'step'): assert_same(state[part], s[part], part)
+    for part in ('fast', 'optimizer', 'rule', 'sums', 'step'): assert_same(state[part], s[part], part)
     assert_same(weights, w, 'weights')
     assert_same(lines, l, 'metrics')
     assert summary == m and predictions == p

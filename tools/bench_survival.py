@@ -24,9 +24,9 @@ def main():
     recipe = make_recipe(given, source)
     views = training.make_views(recipe, source)
     x, y, _ = next(iter(loader(views.train, 0, recipe.batch_size)))
-    check, free = training.gradient_length, torch.tensor(1.)
+    check, free = training.grad_length, torch.tensor(1.)
     def steps(checked):
-        training.gradient_length = check if checked else lambda params: free
+        training.grad_length = check if checked else lambda params: free
         for _ in range(STEPS): training.train_step(state, x, y)
     with tempfile.TemporaryDirectory() as folder:
         run = training.begin_run(recipe, source, given, folder)
