@@ -153,6 +153,7 @@ def start(
     "Put a run together on this machine's device"
     team, accelerator = meet(), make_accelerator()
     compile = recipe.compile != 'off' and compiler_works()
+    if keep is None and not compile: keep = readable_layers(model)  # without a compiler the readable form is the faster one
     fast = fast_form(model.to(accelerator.device), compile and recipe.compile == 'kernels', keep)
     optimizer = make_optimizer(fast, model, recipe, compile)
     forward = wrapped(accelerator, fast)  # among several processes `forward` is `fast` in a wrapper

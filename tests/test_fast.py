@@ -500,7 +500,8 @@ def test_a_recipe_is_wired_to_all_it_names(name, norm, precision):
     assert (recipe.zero_init, recipe.decay_on, recipe.precision) == (wanted['zero'], wanted['decays'], precision)
     model = make_model(recipe, 10)
     views = nwrepro.training.make_views(recipe, digits)
-    state = start(model, recipe, views, None)
+    layers = {name: model.get_submodule(name) for name in readable_layers(model)}
+    state = start(model, recipe, views, None, keep=[name for name, m in layers.items() if m.g is not None and (m.g == 0).any()])
     batches, warmup = views.batches, wanted['warmup']
     at = [0, warmup*batches, int(0.1*recipe.epochs*batches), recipe.epochs*batches//2, int(0.9*recipe.epochs*batches)]
     seen = []
