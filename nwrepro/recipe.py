@@ -43,7 +43,7 @@ RULES = dict(
     weight_decay=Rule(float, 'weight decay per step, a number of at least 0; none = recipe', lambda v: 0 <= v < math.inf),
     decay_on=Rule(str, 'roles that decay: all, or names joined by +, as v+w; none = recipe'),
     dropout=Rule(float, 'probability of dropping a feature before the classifier, at least 0 and below 1', lambda v: 0 <= v < 1),
-    grad_clip=Rule(float, 'largest length of the gradient, a number above 0; none = no clipping', lambda v: v > 0),
+    grad_clip=Rule(float, 'largest gradient norm, a number above 0; none = no clipping', lambda v: v > 0),
     warmup_epochs=Rule(float, 'epochs of linear warm-up, a number of at least 0; none = recipe', lambda v: 0 <= v < math.inf),
     image_size=Rule(int, 'side of the images in pixels, a whole number of at least 16; none = table of the data', lambda v: v >= 16),
     precision=Rule(str, 'fp32, bf16 (autocast) or fp64; none = recipe', lambda v: v in ('fp32', 'bf16', 'fp64')),
@@ -159,7 +159,7 @@ class Recipe:
     weight_decay:float      # L2, added to the gradient
     decay_on:str            # roles that decay: 'all' or names joined by '+'
     dropout:float           # probability, before the classifier
-    grad_clip:float|None    # largest length of the gradient
+    grad_clip:float|None    # largest gradient norm
     label_smoothing:float   # share of the target spread over all classes
     zero_init:bool          # residual branches start at 0, where the join is a sum
     image_size:int          # side, pixels
