@@ -12,7 +12,7 @@ import csv, math, shlex
 from collections import namedtuple
 from dataclasses import dataclass, fields
 import torch
-from .data import Source, data_set, project_root
+from .data import AUGMENT, Source, data_set, project_root
 from .custom import load_schemes, scheme_hash
 from .later import SCHEMES
 from .networks import ARCHS, STEMS, check_stem, stock_network
@@ -43,8 +43,11 @@ RULES = dict(
     weight_decay=Rule(float, 'weight decay per step, a number of at least 0; none = recipe', lambda v: 0 <= v < math.inf),
     decay_on=Rule(str, 'roles that decay: all, or names joined by +, as v+w; none = recipe'),
     dropout=Rule(float, 'probability of dropping a feature before the classifier, at least 0 and below 1', lambda v: 0 <= v < 1),
+    mixup=Rule(float, 'alpha of mixup: images and labels are mixed in pairs, with shares drawn from Beta(alpha, alpha); at least 0, 0 = off', lambda v: 0 <= v < math.inf),
     grad_clip=Rule(float, 'largest gradient norm, a number above 0; none = no clipping', lambda v: v > 0),
     warmup_epochs=Rule(float, 'epochs of linear warm-up, a number of at least 0; none = recipe', lambda v: 0 <= v < math.inf),
+    freeze_statistics=Rule(float, 'epochs after which layers with batch statistics use their running ones in training too; at least 0, none = never', lambda v: 0 <= v < math.inf),
+    augment=Rule(str, 'random views of training images: crop+mirror, mirror (of the whole image) or off; none = recipe', lambda v: v in AUGMENT),
     image_size=Rule(int, 'side of the images in pixels, a whole number of at least 16; none = table of the data', lambda v: v >= 16),
     precision=Rule(str, 'fp32, bf16 (autocast) or fp64; none = recipe', lambda v: v in ('fp32', 'bf16', 'fp64')),
     compile=Rule(str, 'what a compiler makes faster: kernels (activations and optimizer of WN schemes), network (all of it) or off; none = table of the data, else kernels', lambda v: v in ('off', 'kernels', 'network')),
@@ -53,12 +56,13 @@ RULES = dict(
     micro_batch=Rule(int, 'images per forward pass and process, a whole number of at least 1; none = all it has of a batch', lambda v: v >= 1),
     workers=Rule(int, 'processes that load images, a whole number of at least 0 (0 = this one)', lambda v: v >= 0),
     eval_every=Rule(int, 'epochs between evaluations, after as many that are all evaluated; a whole number of at least 1', lambda v: v >= 1),
+    eval_images=Rule(int, 'training images that are evaluated too, a whole number of at least 1; none = as the data set says', lambda v: v >= 1),
     checkpoint_steps=Rule(int, 'steps between checkpoints, a whole number of at least 1; none = by minutes only', lambda v: v >= 1),
     checkpoint_minutes=Rule(float, 'minutes between checkpoints, a number above 0', lambda v: v > 0),
     fresh=Rule(bool, 'True = start over (an old run of the same name is moved aside), False = resume'),
     accept_changes=Rule(bool, 'True = go on although code, libraries or images changed since the run began (which is recorded), False = stop'),
 )
-DEFAULTS = dict(norm='bn', data='auto', holdout=0., arch='resnet50', stem='imagenet', width=1., recipe='paper', dropout=0., seed=0, processes=1, workers=0, eval_every=1,
+DEFAULTS = dict(norm='bn', data='auto', holdout=0., arch='resnet50', stem='imagenet', width=1., recipe='paper', dropout=0., mixup=0., seed=0, processes=1, workers=0, eval_every=1,
                 checkpoint_minutes=5., fresh=False, accept_changes=False)
 
 # %% ../nbs/06_recipe.ipynb #2c56bd9b
@@ -113,10 +117,10 @@ def notebook_parameters(
 # %% ../nbs/06_recipe.ipynb #b086a21e
 RECIPES = dict(
     paper=dict(strides='v1', batch_size=256, bn_batch=32, epochs=120, schedule='poly', warmup_epochs=1., momentum=0.9, weight_decay=1e-4,
-               decay_on='all', zero_init=False, bn_eps=1e-4, pipeline='period', label_smoothing=0., precision='fp32', channels_last=True,
+               decay_on='all', zero_init=False, bn_eps=1e-4, pipeline='period', augment='crop+mirror', label_smoothing=0., precision='fp32', channels_last=True,
                compile='kernels'),
     modern=dict(strides='v1.5', batch_size=256, bn_batch=32, epochs=100, schedule='cosine', warmup_epochs=5., momentum=0.9, weight_decay=5e-5,
-                decay_on='v+w', zero_init=True, bn_eps=1e-5, pipeline='modern', label_smoothing=0.1, precision='bf16', channels_last=True,
+                decay_on='v+w', zero_init=True, bn_eps=1e-5, pipeline='modern', augment='crop+mirror', label_smoothing=0.1, precision='bf16', channels_last=True,
                 compile='kernels'),
 )
 
@@ -159,14 +163,18 @@ class Recipe:
     weight_decay:float      # L2, added to the gradient
     decay_on:str            # roles that decay: 'all' or names joined by '+'
     dropout:float           # probability, before the classifier
+    mixup:float             # alpha of the Beta distribution of the shares; 0 = off
     grad_clip:float|None    # largest gradient norm
     label_smoothing:float   # share of the target spread over all classes
     zero_init:bool          # residual branches start at 0, where the join is a sum
+    freeze_statistics:float|None  # epochs after which running statistics take the place of batch statistics
     image_size:int          # side, pixels
     pipeline:str            # 'period' or 'modern' input pipeline
+    augment:str             # 'crop+mirror', 'mirror' or 'off'
     precision:str           # 'fp32', 'bf16' (autocast) or 'fp64'
     channels_last:bool      # memory format of activations and weights
     compile:str             # 'off', 'kernels' or 'network'; changes rounding and speed only
+    eval_images:int|None    # training images that are evaluated too; None = as the data set says
     seed:int                # weights, data order, augmentation, dropout
 
 # %% ../nbs/06_recipe.ipynb #db01909e
@@ -247,6 +255,8 @@ def check_sizes(
     facts = scheme_facts(recipe)
     if facts.batch_statistics and recipe.batch_size > recipe.bn_batch and recipe.batch_size % recipe.bn_batch:
         raise ValueError(f'batch_size = {recipe.batch_size} is not a multiple of bn_batch = {recipe.bn_batch}: give a multiple, or a bn_batch that divides it')
+    if recipe.freeze_statistics is not None and not facts.batch_statistics:
+        raise ValueError(f'freeze_statistics = {recipe.freeze_statistics} has nothing to freeze, since norm {recipe.norm!r} takes no batch statistics: leave it out')
     if recipe.warmup_epochs >= recipe.epochs and recipe.warmup_epochs > 1:
         raise ValueError(f'warmup_epochs = {recipe.warmup_epochs} leaves nothing of epochs = {recipe.epochs}: give fewer warmup_epochs')
     roles = {'w', 'b', 'v', 'g', 'gamma', 'beta', 'alpha', 'u'} | facts.roles

@@ -77,7 +77,7 @@ def safe(
     return re.sub(r'[^A-Za-z0-9._-]|^\.', '_', str(word))[:40]
 
 # %% ../nbs/05_runs.ipynb #95da280a
-NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0)  # parameters that runs of before lack, and what they were then
+NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0, augment='crop+mirror', eval_images=None, mixup=0., freeze_statistics=None)  # parameters that runs of before lack, and what they were then
 
 def run_name(
     config:dict,                    # parameters; `norm`, `data`, `arch` and `seed` among them

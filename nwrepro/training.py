@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Split', 'PACE', 'EXITS', 'make_views', 'first_images', 'make_model', 'make_optimizer', 'warmup_steps',
-           'make_schedule', 'pace_of', 'start', 'logits_of', 'seed_step', 'gradient', 'train_step', 'share', 'readable',
-           'tally', 'evaluate', 'probe', 'checkpoint', 'last_state', 'resume', 'due', 'at_most_every', 'log_train',
-           'log_eval', 'recorded', 'steps_of_epoch', 'evaluated', 'to_the_end', 'finish', 'diverged', 'command', 'stop',
-           'final_weights', 'load_result', 'fit', 'about', 'changed', 'same_images', 'begin_run', 'recipe_of',
-           'trained', 'what_broke', 'load_checkpoint', 'fit_on_many', 'own_run', 'prepare', 'train', 'parser', 'main']
+           'make_schedule', 'pace_of', 'start', 'logits_of', 'seed_step', 'mix', 'gradient', 'training_mode',
+           'train_step', 'share', 'readable', 'tally', 'evaluate', 'probe', 'checkpoint', 'last_state', 'resume', 'due',
+           'at_most_every', 'log_train', 'log_eval', 'recorded', 'steps_of_epoch', 'evaluated', 'to_the_end', 'finish',
+           'diverged', 'command', 'stop', 'final_weights', 'load_result', 'fit', 'about', 'changed', 'same_images',
+           'begin_run', 'recipe_of', 'trained', 'what_broke', 'load_checkpoint', 'fit_on_many', 'own_run', 'prepare',
+           'train', 'parser', 'main']
 
 # %% ../nbs/06_training.ipynb #c3b2d7f3
 import argparse
@@ -42,7 +43,7 @@ from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gr
 from .recipe import DEFAULTS, RECIPES, RULES, Recipe, check_parameters, make_recipe, scheme_facts
 from .runs import NEWER, RESULTS, Record, Run, code_hash, provenance, read_metrics, run_name, write_atomic
 from .later import SCHEMES
-from .surgery import convert, parameter_roles, uses_batch_statistics
+from .surgery import convert, parameter_roles, takes_batch_statistics, uses_batch_statistics
 from .survival import Interrupted, Requests, begun_with, caught, changes, drop_states, hold, interrupts, load_state, plainly, release, save_state, stop_if
 
 # %% ../nbs/06_training.ipynb #62834edc
@@ -59,9 +60,9 @@ def make_views(
     train, held = [indices[k] for k in kept], [indices[k] for k in held]
     if len(train) < recipe.batch_size: raise ValueError(f'batch_size = {recipe.batch_size} is more than the {len(train)} images that are left to train on: give a batch_size of at most {len(train)}, or less holdout')
     least = min(Counter(labels[i] for i in train).values())
-    few = min(source.eval_images//len(source.classes), len(train)//len(source.classes), least)*len(source.classes) or len(train)
+    few = min((recipe.eval_images or source.eval_images)//len(source.classes), len(train)//len(source.classes), least)*len(source.classes) or len(train)
     shown = [train[k] for k in balanced([labels[i] for i in train], few)] if few < len(train) else train
-    pipeline = pipelines(source, recipe.image_size, recipe.pipeline)
+    pipeline = pipelines(source, recipe.image_size, recipe.pipeline, recipe.augment)
     views = lambda images, which, augment: Views(images, which, pipeline, train=augment, seed=recipe.seed)
     val = views(source.train, held, False) if held else views(source.val, range(len(source.val)), False)
     return Split(views(source.train, train, True), views(source.train, shown, False), val, len(train)//recipe.batch_size)
@@ -189,6 +190,17 @@ def seed_step(
     start_from = torch.default_generator.manual_seed if on_cpu else torch.manual_seed  # the latter notes who called it, for GPUs to come, which takes milliseconds
     start_from(key(state.recipe.seed, 'step', state.step, *(where if any(where) else [])))
 
+# %% ../nbs/06_training.ipynb #01ad29ad
+def mix(
+    x:torch.Tensor,  # images, `[N, 3, S, S]`
+    y:torch.Tensor,  # labels, `[N]`
+    alpha:float,     # of Beta(alpha, alpha), from which the share of an image is drawn; 0 = nothing is mixed
+)->tuple:            # images; list of (share, labels)
+    "Mixup of each image with its counterpart from the other end of the batch; Zhang et al. 2018, arXiv:1710.09412"
+    if not alpha: return x, [(1., y)]
+    share = torch.distributions.Beta(alpha, alpha).sample().item()
+    return share*x+(1-share)*x.flip(0), [(share, y), (1-share, y.flip(0))]
+
 # %% ../nbs/06_training.ipynb #d0373352
 def gradient(
     state:SimpleNamespace,  # a run under way
@@ -200,12 +212,24 @@ def gradient(
     for k, (x, y_part) in enumerate(parts, 1):
         seed_step(state, k-1)
         with nullcontext() if k == len(parts) else state.accelerator.no_sync(state.forward):
+            x, targets = mix(x, y_part, state.recipe.mixup)
             logits = logits_of(state.forward, x, state.recipe)
-            loss = F.cross_entropy(logits, y_part, label_smoothing=state.recipe.label_smoothing)
+            loss = sum(share*F.cross_entropy(logits, labels, label_smoothing=state.recipe.label_smoothing) for share, labels in targets)
             if k == 1: state.optimizer.zero_grad()  # no sooner: the new gradient is to take the memory of the old one, or it must be asked for anew
             state.accelerator.backward(loss*(len(x)/len(y)))
         sums += loss.item()*len(x), (logits.argmax(1) == y_part).sum().item()
     return [*sums, len(y)]
+
+# %% ../nbs/06_training.ipynb #5f7e73a2
+def training_mode(
+    state:SimpleNamespace,  # a run under way
+)->None:
+    "Training mode, with batch statistics until the recipe freezes them"
+    state.fast.train()
+    frozen_after = state.recipe.freeze_statistics
+    if frozen_after is not None and state.step >= round(frozen_after*state.views.batches):
+        for m in state.fast.modules():
+            if takes_batch_statistics(m): m.eval()
 
 # %% ../nbs/06_training.ipynb #47d5e9a6
 def train_step(
@@ -215,8 +239,8 @@ def train_step(
 )->str|None:                # reason why the run diverged, or None
     "One step of SGD, unless loss or gradient say that the run has diverged"
     state.schedule.step_update(state.step)
-    state.fast.train()
-    before = [torch.cat(running(state.statistics)), state.statistics[0].num_batches_tracked.item()] if state.statistics else None
+    training_mode(state)
+    before = [torch.cat(running(state.statistics)), state.statistics[0].num_batches_tracked.item()] if state.statistics and state.statistics[0].training else None
     sums, state.wishes = together(state.team, gradient(state, x, y), [state.asked.number or 0, time.monotonic()-state.saved_at >= 60*state.checkpoint_minutes])
     if before: merge_statistics(state.team, state.statistics, before[0], state.statistics[0].num_batches_tracked.item()-before[1])
     reason = state.rule.step(sums[0]/sums[2], grad_length(state.fast.parameters()).item())
