@@ -178,14 +178,14 @@ class Recipe:
     seed:int                # weights, data order, augmentation, dropout
 
 # %% ../nbs/06_recipe.ipynb #db01909e
-TUNED_BY = ('data', 'arch', 'image_size', 'recipe', 'norm', 'init', 'zero_init', 'batch_size', 'stem', 'width', 'weight_decay', 'precision')
+TUNED_BY = ('data', 'arch', 'image_size', 'recipe', 'norm', 'init', 'zero_init', 'batch_size', 'stem', 'width', 'weight_decay', 'precision', 'augment')
 
 def tuned_table(
 )->list[dict]:  # as text; empty where nothing was tuned
     "Rows of `reports/tuned_lr.csv`, with the columns that a table of before lacks"
     path = project_root()/'reports'/'tuned_lr.csv'
     rows = list(csv.DictReader(path.read_text(encoding='utf-8').splitlines())) if path.is_file() else []
-    def of_before(row): return dict(stem='imagenet', width='1.0') | {name: str(RECIPES[row['recipe']][name]) for name in ('weight_decay', 'precision')}
+    def of_before(row): return dict(stem='imagenet', width='1.0') | {name: str(RECIPES[row['recipe']][name]) for name in ('weight_decay', 'precision', 'augment')}
     return [of_before(row) | row for row in rows]
 
 # %% ../nbs/06_recipe.ipynb #9fa3b37b
@@ -197,7 +197,7 @@ def tuned_lr(
     "The learning rate that a sweep has found for a setting; ValueError with the command that finds it, where there is none"
     wanted = {name: str(setting[name]) for name in TUNED_BY}
     length = {'epochs': str(setting['epochs'])} if 'epochs' in setting else {}
-    for row in tuned_table():
+    for row in sorted(tuned_table(), key=lambda row: row.get('epochs') not in length.values()):  # of the same length first
         fits = not length or row.get('epochs') is None or row['epochs'] in tuned_lengths(setting['epochs'])
         if fits and all(row[name] == value for name, value in wanted.items()): return float(row['lr'])
     command = ['papermill', 'nbs/sweep.ipynb', 'reports/tune_lr.ipynb', '-p', 'grid', 'tune_lr', *(word for pair in (wanted | length).items() for word in ('-p', *pair))]
