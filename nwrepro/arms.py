@@ -17,10 +17,10 @@ from .surgery import SCHEMES
 
 # %% ../nbs/07_arms.ipynb #80c7d3fa
 SETTING = ('data', 'fingerprint', 'classes', 'train', 'train_images', 'holdout', 'arch', 'stem', 'width', 'strides', 'image_size', 'recipe', 'epochs', 'max_steps',
-           'batch_size', 'bn_batch', 'bn_eps', 'schedule', 'warmup_epochs', 'momentum', 'weight_decay', 'decay_on', 'dropout', 'grad_clip',
-           'label_smoothing', 'pipeline', 'precision', 'channels_last')
+           'batch_size', 'bn_batch', 'bn_eps', 'schedule', 'warmup_epochs', 'momentum', 'weight_decay', 'decay_on', 'dropout', 'mixup', 'grad_clip',
+           'label_smoothing', 'pipeline', 'augment', 'freeze_statistics', 'precision', 'channels_last')
 ARM = ('norm', 'init', 'zero_init')
-FREE = (*ARM, 'lr', 'seed', 'subset_seed', 'compile', 'scheme', 'images', 'code', 'dirty', 'hardware')
+FREE = (*ARM, 'lr', 'seed', 'subset_seed', 'eval_images', 'compile', 'scheme', 'images', 'code', 'dirty', 'hardware')
 
 def complete(
     runs:pandas.DataFrame,      # as `load_runs` returns it, or any table of runs
@@ -32,7 +32,7 @@ def complete(
     results = ('run', 'status', 'verdict', 'steps', 'top1', 'train_top1', 'train_loss')
     table = recorded.combine_first(runs)
     table = table.reindex(columns=list(dict.fromkeys([*table, *SETTING, *FREE, *results])))
-    for name in ('stem', 'width', 'subset_seed'): table[name] = [NEWER[name] if pandas.isna(value) else value for value in table[name]]
+    for name in ('stem', 'width', 'subset_seed', 'augment', 'mixup'): table[name] = [NEWER[name] if pandas.isna(value) else value for value in table[name]]
     for name in ('seed', 'lr', 'top1', 'train_top1', 'train_loss', 'dropout', 'steps'): table[name] = pandas.to_numeric(table[name], errors='coerce')
     table['zero_init'] = table['zero_init'].eq(True)
     return table[table[['run', 'norm', 'data', 'arch', 'recipe']].notna().all(axis=1)]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Course', 'LEVELS', 'FLAT', 'lines_of', 'running_accuracy', 'block_rms', 'growth', 'gains', 'place_in_block',
-           'coherence_ranks', 'read_course', 'courses', 'epochs_to', 'level_gaps', 'decide_c3', 'early', 'untrained',
-           'rise', 'at_end', 'first_block_ratio', 'premise', 'trend_note', 'probed', 'decide_c7', 'place_estimates',
-           'decide_c8']
+           'coherence_ranks', 'read_course', 'changed', 'courses', 'epochs_to', 'level_gaps', 'decide_c3', 'early',
+           'untrained', 'rise', 'at_end', 'first_block_ratio', 'premise', 'trend_note', 'probed', 'decide_c7',
+           'place_estimates', 'decide_c8']
 
 # %% ../nbs/07_courses.ipynb #e3c1dbfa
 import itertools, math, re
@@ -89,23 +89,30 @@ def coherence_ranks(
 # %% ../nbs/07_courses.ipynb #23892cca
 @lru_cache(maxsize=None)
 def read_course(
-    path:Path,          # `metrics.jsonl`
+    name:str,           # of a run
+    folder,             # of runs; None = `reports/runs` of the project
     changed:int,        # time of its last change; another one is another record
 )->Course:
     "What the claims need of one record"
-    lines = lines_of(path)
+    lines = lines_of(Record(name, folder).path/'metrics.jsonl')
     evals = tuple((x['epoch'], x['train_top1']) for x in lines if x.get('event') == 'eval' and {'epoch', 'train_top1'} <= set(x))
     probes = [x for x in lines if x.get('event') == 'probe' and 'outputs' in x]
     coherent = [coherence_ranks(x) for x in (probes[:1]+probes[-1:] if len(probes) > 1 else []) if 'coherence' in x]
     return Course(evals, running_accuracy(lines), tuple((x['epoch'], growth(x['outputs'])) for x in probes), tuple(coherent), tuple((x['epoch'], rms[0]) for x in probes if (rms := block_rms(x['outputs']))))
+
+def changed(
+    record:Record,  # in a pack or not
+)->int:             # nanoseconds; 0 where there is none
+    "When a record changed last"
+    file = record.home if record.home != record.path else record.path/'metrics.jsonl'
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 def courses(
     runs:pandas.DataFrame,      # finished runs of one scheme
     folder=None,                # of runs; None = `reports/runs` of the project
 )->pandas.Series:               # seed -> Course, an empty one where there is no record
     "The courses of several runs"
-    paths = [Record(name, folder).path/'metrics.jsonl' for name in runs.run]
-    found = [read_course(p, p.stat().st_mtime_ns) if p.exists() else Course() for p in paths]
+    found = [read_course(name, folder, changed(Record(name, folder))) for name in runs.run]
     return pandas.Series(found, runs.seed.values, dtype=object)
 
 # %% ../nbs/07_courses.ipynb #ed6b7a30

@@ -27,7 +27,7 @@ def answers(
 )->pandas.Series:       # image -> was it right?
     "What a run's `predictions.csv` says; images bear the fingerprint of their source, so that those of two sources never pass for the same"
     run = Record(name, folder)
-    table = pandas.read_csv(run.path/'predictions.csv', index_col='image')
+    with (run.path/'predictions.csv').open(encoding='utf-8') as file: table = pandas.read_csv(file, index_col='image')
     table.index = table.index.map(lambda image: f"{run.config.get('source', {}).get('fingerprint', name)} {image}")
     return table.label == table.prediction
 

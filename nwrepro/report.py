@@ -178,12 +178,14 @@ COLUMNS = ['norm', 'init', 'status', 'top1', 'train_top1', 'data', 'arch', 'imag
            'weight_decay', 'dropout', 'seed', 'img_per_s']
 
 def links(
-    folder:Path,  # of one run
-    start:Path,   # folder of the page
-)->list:          # `(text, link)` of each file that is there
-    "What a run's folder holds"
-    there = {entry.name for entry in os.scandir(folder)}
-    return [(text, quote(os.path.relpath(folder/file, start))) for text, file in FILES.items() if file in there]
+    record:Record,  # of one run
+    start:Path,     # folder of the page
+)->list:            # `(text, link)` of each file that is there, or of the pack that holds them
+    "What a run has left"
+    def link(text, path): return text, quote(os.path.relpath(path, start))
+    if record.home != record.path: return [link('pack', record.home)]
+    there = {entry.name for entry in os.scandir(record.path)}
+    return [link(text, record.path/file) for text, file in FILES.items() if file in there]
 
 def run_table(
     runs:pandas.DataFrame,  # as `load_runs` gives it
@@ -193,9 +195,9 @@ def run_table(
     "All runs, each row with its executed notebook, config and metrics"
     made = table(runs.reindex(columns=COLUMNS), 'All runs')
     for row, name in zip(made['rows'], runs['run'], strict=True):
-        origin = Record(name, shelf.folder).provenance
-        hardware, = shelf.machines([name])
-        row[:0] = [[(name, None)], links(shelf.folder/name, start)]
+        record = Record(name, shelf.folder)
+        origin, (hardware,) = record.provenance, shelf.machines([name])
+        row[:0] = [[(name, None)], links(record, start)]
         row += [[(text, None)] for text in (hardware, origin.get('versions', {}).get('torch') or '', str(origin.get('date', ''))[:10])]
     return made | dict(columns=['run', 'files', *made['columns'], 'hardware', 'torch', 'date'])
 

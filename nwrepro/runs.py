@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['NEWER', 'RESULTS', 'ENDS', 'write_atomic', 'plain', 'restored', 'to_json', 'canonical', 'safe', 'run_name',
            'versions', 'git_state', 'imported_files', 'code_hash', 'cpu_model', 'machine', 'determinism', 'provenance',
-           'from_line', 'read_metrics', 'read_json', 'Record', 'Log', 'move_aside', 'Run', 'load_runs']
+           'from_line', 'read_metrics', 'read_json', 'record_path', 'Record', 'Log', 'move_aside', 'Run']
 
 # %% ../nbs/05_runs.ipynb #3d8f5037
-import ast, csv, hashlib, io, itertools, json, math, os, platform, re, subprocess, uuid
+import ast, csv, hashlib, io, itertools, json, math, os, platform, re, subprocess, uuid, zipfile
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -180,10 +180,10 @@ def from_line(
 
 # %% ../nbs/05_runs.ipynb #a2d6bc60
 def read_metrics(
-    path:str|Path,      # `metrics.jsonl`
+    path:str|Path,      # `metrics.jsonl`, in a pack or not
 )->list[dict]:          # one dict per whole line, in order; empty where there is no file
     "Lines of a record, without a last one that was cut off while it was written"
-    path,values = Path(path),[]
+    path,values = Path(path) if isinstance(path, str) else path,[]
     lines = [line for line in path.read_bytes().split(b'\n') if line.strip()] if path.exists() else []
     for n,line in enumerate(lines, 1):
         try: values.append(from_line(line))
@@ -204,6 +204,16 @@ def read_json(
 RESULTS = ('finished', 'diverged')
 ENDS = (*RESULTS, 'interrupted')  # what a summary may say
 
+# %% ../nbs/05_runs.ipynb #be9f3787
+def record_path(
+    name:str,       # of a run
+    folder:Path,    # of runs
+)->Path:            # its folder, there or not; a `zipfile.Path` where the run is packed
+    "Where the files of a run are: in a folder of its own, or in one of the packs beside it"
+    own = folder/name
+    packed = [] if own.exists() else [inside for pack in sorted(folder.glob('*.zip')) if (inside := zipfile.Path(pack, f'{name}/')).exists()]
+    return packed[0] if packed else own
+
 # %% ../nbs/05_runs.ipynb #cda7465e
 class Record:
     "What a run has left on disk"
@@ -211,11 +221,14 @@ class Record:
         name:str,                            # one folder's name, as `run_name` makes it
         folder:str|Path|None=None,           # folder of runs; None = `reports/runs` of the project
         checkpoints:str|Path|None=None,      # folder of weights and training states; None = `data/checkpoints` of the project
+        path:Path|None=None,                 # where its files are; None = looked for in `folder`
     ):
         if Path(name).name != name or name in ('', '..'): raise ValueError(f'{name!r} is not the name of a run: give one folder name, without a path')
-        self.name = name
-        self.path = Path(folder or project_root()/'reports'/'runs').absolute()/name
+        self.name, self.folder = name, Path(folder or project_root()/'reports'/'runs').absolute()
+        self.path = path or record_path(name, self.folder)
         self.checkpoints = Path(checkpoints or project_root()/'data'/'checkpoints').absolute()/name
+    @property
+    def home(self)->Path: return Path(self.path.root.filename) if isinstance(self.path, zipfile.Path) else self.path  # its folder, or the pack that holds it
     @property
     def config(self)->dict: return {k:v for k,v in read_json(self.path/'config.json').items() if k != 'provenance'}
     @property
@@ -271,6 +284,7 @@ class Run(Log):
         status = self.status
         if status in RESULTS and not fresh:
             raise ValueError(f'run {self.name} has ended ({status}): read its summary, or pass fresh=True to start over (the old run is kept)')
+        self.path = self.folder/self.name  # a packed run stays in its pack
         if fresh: move_aside(self.path, self.checkpoints)
         elif status == 'new': move_aside(self.checkpoints)  # weights without a run: nobody knows whose
         for half in (*self.path.glob('.*.part'), *self.checkpoints.glob('.*.part')): half.unlink(missing_ok=True)  # a killed process cannot
@@ -289,18 +303,3 @@ class Run(Log):
     )->None:
         if status not in ENDS: raise ValueError(f'unknown status {status!r} of a run: accepted: {", ".join(ENDS)}')
         write_atomic(self.path/'summary.json', to_json(dict(status=status, **summary), indent=1)+'\n')
-
-# %% ../nbs/05_runs.ipynb #8ab6f238
-def load_runs(
-    folder:str|Path|None=None,      # folder of runs; None = `reports/runs` of the project
-)->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary, and `code`, `dirty` and `hardware` of its provenance
-    "Every run of a folder, ended or not, without those that were moved aside"
-    folder = Path(folder or project_root()/'reports'/'runs')
-    paths = [p for p in sorted(folder.glob('*')) if p.is_dir() and not re.search(r'\.old-\d+$', p.name)]
-    runs = [run for p in paths if (run := Record(p.name, folder)).status != 'new']
-    def origin(known): return dict(code=known.get('code'), dirty=known.get('git', {}).get('dirty'), hardware=' + '.join(known.get('machine', {}).get('gpus') or [known.get('machine', {}).get('cpu') or 'unknown']))
-    rows = [dict(run=run.name, status=run.status) | run.config | run.summary | dict(status=run.status) | origin(run.provenance) for run in runs]
-    for norm in {row.get('norm') for row in rows}:
-        own = [row for row in rows if row.get('norm') == norm]
-        if len({row.get('scheme') for row in own}) > 1: [row.update(norm=f"{norm} ({str(row.get('scheme'))[:6]})") for row in own]
-    return pandas.DataFrame(rows, columns=None if rows else ['run', 'status'])

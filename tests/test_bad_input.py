@@ -9,7 +9,8 @@ from PIL import Image
 from conftest import snapshot
 from nwrepro.data import load_source
 from nwrepro.recipe import DEFAULTS, RULES, check_parameters, notebook_parameters, parse_value
-from nwrepro.runs import load_runs, read_metrics
+from nwrepro.records import load_runs
+from nwrepro.runs import read_metrics
 from nwrepro.training import main, train as train_run
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=1, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, max_steps=1)
@@ -48,6 +49,8 @@ VALUES = [
     (dict(train_images=5, batch_size=5, bn_batch=5), 'cannot hold 10 classes: ask for at least 10'), (dict(weight_decay=-1), 'weight_decay = -1'), (dict(decay_on='v+h'), "unknown decay_on 'h'"), (dict(dropout=1), 'dropout = 1'),
     (dict(grad_clip=0), 'grad_clip = 0'), (dict(warmup_epochs=-1), 'warmup_epochs = -1'), (dict(warmup_epochs=9, epochs=5), 'leaves nothing of epochs = 5'), (dict(precision='fp8'), 'precision = fp8'),
     (dict(seed=-1), 'seed = -1'), (dict(seed='[0,1]'), r'seed = \[0,1\]'), (dict(workers=-1), 'workers = -1'), (dict(checkpoint_steps=0), 'checkpoint_steps = 0'), (dict(checkpoint_minutes=0), 'checkpoint_minutes = 0'),
+    (dict(augment='zoom'), 'augment = zoom is not accepted: expected random views'), (dict(augment='mirror', recipe='modern'), 'augment = mirror is for recipe paper'), (dict(mixup=-1), 'mixup = -1'),
+    (dict(freeze_statistics=-1), 'freeze_statistics = -1'), (dict(norm='wn', freeze_statistics=1), "freeze_statistics = 1.0 has nothing to freeze, since norm 'wn' takes no batch statistics"), (dict(eval_images=0), 'eval_images = 0'),
     (dict(fresh='perhaps'), 'fresh = perhaps'), (dict(accept_changes=1), 'accept_changes = 1'),
 ]
 

@@ -13,7 +13,8 @@ from nwrepro.costs import cost_records
 from nwrepro.courses import Course, early, epochs_to, first_block_ratio, gains, growth, premise, rise, running_accuracy, trend_note
 from nwrepro.probes import layers
 from nwrepro.recipe import RECIPES, Recipe
-from nwrepro.runs import Run, load_runs, to_json
+from nwrepro.records import load_runs
+from nwrepro.runs import Run, to_json
 from nwrepro.stability import full_lr_steps, is_ladder, limits_of
 from nwrepro.statistics import Estimate, mean_interval, smallest_margin, welch
 from nwrepro.sweeps import top_rung

@@ -2,7 +2,8 @@
 import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas, pytest, yaml
-from nwrepro.runs import load_runs, read_metrics
+from nwrepro.records import load_runs
+from nwrepro.runs import read_metrics
 from slurm import free_ports, missing, slurm
 
 ROOT = Path(__file__).parent.parent

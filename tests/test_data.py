@@ -438,7 +438,20 @@ def test_a_modern_crop_of_a_digit_keeps_half_of_it(digits):
     transform = pipelines(digits, 32, 'modern').augment.keywords['transform'].transforms
     assert transform[0].scale == (0.5, 1.) and 'Flip' not in str(transform)
 
+@pytest.mark.parametrize('augment, views', [('mirror', 2), ('off', 1)])
+def test_without_a_crop_a_view_is_the_whole_image(coloured, digits, augment, views):
+    image, pipeline = photo(90, 60), pipelines(coloured, 32, 'period', augment)
+    reference = Compose([Resize((32, 32), InterpolationMode.BILINEAR), ToTensor(), Normalize(coloured.mean, coloured.std)])(image)
+    torch.testing.assert_close(pipeline.centre(pipeline.prepare(image)), reference, atol=2e-6, rtol=1e-5)
+    seen = [view for view, _, _ in (Views(one(image), [0], pipeline, train=True)[epoch, 0] for epoch in range(20))]
+    assert all(any(torch.allclose(view, kind, atol=1e-5) for kind in (reference, reference.flip(-1))[:views]) for view in seen)
+    assert len({view.numpy().tobytes() for view in seen}) == views
+    upright = pipelines(digits, 32, 'period', augment)
+    assert len({upright.augment(upright.prepare(digits.train.load(0))).numpy().tobytes() for _ in range(20)}) == 1  # a mirrored digit is another digit
+
 def test_bad_pipelines(digits):
+    assert "did you mean 'mirror'" in fault(pipelines, digits, 32, 'period', 'miror')
+    assert 'augment = mirror is for recipe paper' in fault(pipelines, digits, 32, 'modern', 'mirror')
     assert "did you mean 'period'" in fault(pipelines, digits, 32, 'peroid')
     assert 'image_size 15' in fault(pipelines, digits, 15, 'period')
 

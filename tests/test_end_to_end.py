@@ -2,7 +2,7 @@
 import numpy, pytest
 from PIL import Image
 from nwrepro.data import load_source
-from nwrepro.runs import load_runs
+from nwrepro.records import load_runs
 from nwrepro.training import main, train
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from nwrepro.arms import comparable
 from nwrepro.claims import CLAIMS, judge
 from nwrepro.figures import FIGURES, LOOKS, Shelf, caption, limit_numbers, picture_of, tidy
 from nwrepro.report import cell, command, conclusion, draw, write_page
-from nwrepro.runs import Run, load_runs, run_name
+from nwrepro.records import load_runs
+from nwrepro.runs import Run, run_name
 
 FIRST_LOOK = ROOT/'reports/first_look'
 ORIGIN = dict(versions=dict(torch='2.14.1'), machine=dict(cpu='made-up processor', gpus=[]), date='2026-01-01T00:00:00+00:00')

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import nwrepro.runs
-from nwrepro.runs import (Record, Run, canonical, code_hash, determinism, git_state, imported_files, load_runs, move_aside, plain, provenance, read_json,
+from nwrepro.records import load_runs
+from nwrepro.runs import (Record, Run, canonical, code_hash, determinism, git_state, imported_files, move_aside, plain, provenance, read_json,
                           read_metrics, restored, run_name, to_json, write_atomic)
 
 CONFIG = dict(norm='wn', data='digits', arch='resnet50', seed=0, lr=0.05, epochs=8)

@@ -3,7 +3,8 @@ import json
 import nbformat, pandas, pytest
 from conftest import ROOT
 from nwrepro.recipe import tuned_table
-from nwrepro.runs import load_runs, read_metrics
+from nwrepro.records import load_runs
+from nwrepro.runs import Record, read_metrics
 from nwrepro.claims import judge
 from nwrepro.courses import courses, rise
 from nwrepro.statistics import mean_interval, smallest_margin, welch
@@ -122,7 +123,7 @@ def test_accuracies_of_resnet50_are_those_of_the_records(runs, deep, page):
     assert len(deep) == 6 and all(f'{top1:.1f}' in part for top1 in deep['top1'])
     def lost(start): return f"{of(runs, 'top1', start | dict(seed=0)).item()-of(deep, 'top1', start).item():.1f}"
     assert f"lose {lost(BN)} and {lost(NP)} points" in part and f"gain {lost(WN)[1:]}, `none` loses {lost(NONE)}" in part and lost(ZERO) == lost(WN)
-    def head(run): return next(line for line in read_metrics(FOLDER/run/'metrics.jsonl') if line['event'] == 'probe')['outputs']['rms'][-1]
+    def head(run): return next(line for line in read_metrics(Record(run, FOLDER).path/'metrics.jsonl') if line['event'] == 'probe')['outputs']['rms'][-1]
     small, large = (head(of(group, 'run', EVEN | dict(seed=0)).item()) for group in (runs, deep))
     assert f'a size of {large:.2g}, a twelfth of' in part and round(small/large) == 12
 

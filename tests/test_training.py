@@ -4,12 +4,15 @@ import nbformat, pytest, torch
 import nwrepro.training
 from conftest import FIVE, ROOT
 from safetensors.torch import load_file
+from timm.data.mixup import mixup_target
+from timm.loss import SoftTargetCrossEntropy
 from nwrepro.data import load_source, loader
 from nwrepro.recipe import RULES, check_parameters, make_recipe, notebook_parameters
-from nwrepro.runs import load_runs, read_metrics
+from nwrepro.records import load_runs
+from nwrepro.runs import read_metrics
 from nwrepro.survival import HELD, Interrupted
 from nwrepro.sweeps import evaluations
-from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, main, make_model, make_views, probe, readable, recorded, seed_step, start, train_step, trained, what_broke
+from nwrepro.training import begin_run, evaluate, first_images, fit, gradient, main, make_model, make_views, mix, probe, readable, recorded, seed_step, start, train_step, trained, what_broke
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -168,6 +171,50 @@ def test_dropout_and_label_smoothing_reach_the_loss():
     assert recipe.label_smoothing == 0.1 and loss == pytest.approx(4*torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1).item(), rel=1e-5)
     dropping = make_model(make_recipe(SMALL | dict(norm='wn', dropout=0.5), digits), 10).train()
     assert state.model(x).equal(state.model(x)) and not dropping(x).equal(dropping(x))
+
+def test_frozen_statistics_stay_and_are_trained_with(tmp_path):
+    given = SMALL | dict(norm='bn', lr=0.01, freeze_statistics=0.4, dropout=0.)  # 2 of 5 steps of an epoch
+    recipe = make_recipe(given, digits)
+    views, model = make_views(recipe, digits), make_model(recipe, 10)
+    state = start(model, recipe, views, begin_run(recipe, digits, given, tmp_path))
+    statistics = lambda: torch.cat([t.clone() for name, t in state.fast.named_buffers() if 'running' in name])
+    seen, losses = [statistics()], []
+    for x, y, _ in loader(views.train, 0, 20, drop_last=True):
+        state.fast.eval()
+        with torch.no_grad(): losses.append(torch.nn.functional.cross_entropy(state.fast(x), y).item())
+        before = state.sums[0].item()
+        train_step(state, x, y)
+        seen.append(statistics())
+        losses[-1] = (losses[-1], (state.sums[0].item()-before)/20)
+    moved = [not a.equal(b) for a, b in zip(seen, seen[1:])]
+    assert moved == [True, True, False, False, False]
+    agree = [frozen == pytest.approx(trained, rel=1e-5) for frozen, trained in losses]
+    assert agree == [False, False, True, True, True]
+
+@pytest.mark.parametrize('norm, more', [('bn', dict(freeze_statistics=1.)), ('wn', dict(mixup=0.4))])
+def test_a_cut_run_with_frozen_statistics_or_mixup_ends_the_same(norm, more, tmp_path):
+    _, whole = train(tmp_path/'whole', norm=norm, lr=0.01, **more)
+    with pytest.raises(Cut): train(tmp_path/'cut', cut_after(7), norm=norm, lr=0.01, checkpoint_steps=3, **more)
+    _, cut = train(tmp_path/'cut', norm=norm, lr=0.01, checkpoint_steps=3, **more)
+    for name, value in weights(whole).items(): assert value.equal(weights(cut)[name]), name
+
+def test_mixup_is_timms(tmp_path):
+    "The loss of mixed images is that of timm's soft labels"
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 3, 4, 0])
+    mixed, targets = mix(x, y, 0.4)
+    share, layer = targets[0][0], torch.nn.Linear(48, 5)
+    torch.testing.assert_close(mixed, share*x+(1-share)*x.flip(0))
+    logits = layer(mixed.flatten(1))
+    soft = mixup_target(y, 5, share, smoothing=0.1)
+    ours = sum(part*torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1) for part, labels in targets)
+    torch.testing.assert_close(ours, SoftTargetCrossEntropy()(logits, soft))
+    same, [(one, labels)] = mix(x, y, 0.)
+    assert same is x and one == 1 and labels is y
+
+def test_the_images_that_are_evaluated_can_be_told():
+    def images(**given): return len(make_views(make_recipe(SMALL | given, digits), digits).train_eval)
+    assert [images(), images(eval_images=50), images(eval_images=1000, train_images='none')] == [100, 50, 1000]
 
 def test_parts_of_a_batch_drop_other_units_and_a_step_done_again_the_same():
     recipe = make_recipe(SMALL | dict(norm='wn'), digits)
