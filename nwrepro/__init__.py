@@ -1,6 +1,6 @@
 __version__ = "0.1.0"
 
-_HOMES = dict(SCHEMES='later', Scheme='surgery', convert='surgery', fold='surgery', to_timm='surgery', load_runs='records')  # the public interface
+_HOMES = dict(SCHEMES='methods.later', Scheme='methods.schemes', convert='methods.schemes', fold='methods.schemes', to_timm='methods.schemes', load_runs='training.records')  # the public interface
 __all__ = list(_HOMES)
 
 def __getattr__(name):  # imported when asked for: most of what uses this package needs one of them

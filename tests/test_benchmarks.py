@@ -4,7 +4,7 @@ import numpy, pytest, timm, torch
 from torch import nn
 
 from conftest import ROOT, run_in
-from nwrepro import scaling
+from nwrepro.cost import scaling
 from test_data import make_folder, noise
 
 DEPLOY = '--arch resnet18 --batch_size 2 --image_size 32 --rounds 2'.split()

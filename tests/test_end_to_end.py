@@ -1,9 +1,9 @@
 "Whole runs: real photographs, a folder of one's own, and a broken file among the images"
 import numpy, pytest
 from PIL import Image
-from nwrepro.data import load_source
-from nwrepro.records import load_runs
-from nwrepro.training import main, train
+from nwrepro.training.data import load_source
+from nwrepro.training.records import load_runs
+from nwrepro.training.command import main, train
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):

@@ -4,10 +4,10 @@ python tools/batch_noise.py RUN [FOLDER]   a finished run whose weights are in d
 """
 import sys
 import torch
-from nwrepro.data import load_source, loader
-from nwrepro.records import records
-from nwrepro.surgery import takes_batch_statistics
-from nwrepro.training import logits_of, make_views, recipe_of, trained
+from nwrepro.training.data import load_source, loader
+from nwrepro.training.records import records
+from nwrepro.methods.schemes import takes_batch_statistics
+from nwrepro.training.loop import logits_of, make_views, recipe_of, trained
 
 GROUPS = 200  # of `bn_batch` images
 

@@ -8,7 +8,7 @@ import argparse, copy, statistics, time
 import timm, torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from nwrepro.surgery import convert, fold
+from nwrepro.methods.schemes import convert, fold
 
 @torch.no_grad()
 def lived_in(model):

@@ -6,9 +6,10 @@ Prepared images are in the cache, as from a run's second epoch. Both run in turn
 import statistics, tempfile, time
 import torch
 import torch.nn.functional as F
-from nwrepro.data import load_source, loader
-from nwrepro.recipe import check_parameters, make_recipe
-from nwrepro.training import begin_run, make_model, make_views, parser, start, steps_of_epoch
+from nwrepro.training.data import load_source, loader
+from nwrepro.training.recipe import check_parameters, make_recipe
+from nwrepro.training.command import parser
+from nwrepro.training.loop import begin_run, make_model, make_views, start, steps_of_epoch
 
 STEPS, ROUNDS = 6, 24
 

@@ -5,10 +5,10 @@ Steps with and without the check run in turn in one process on one batch, after 
 """
 import statistics, tempfile, time
 import torch
-import nwrepro.training as training
-from nwrepro.data import load_source, loader
-from nwrepro.recipe import DEFAULTS, check_parameters, make_recipe
-from nwrepro.survival import saved_states
+import nwrepro.training.loop as training
+from nwrepro.training.data import load_source, loader
+from nwrepro.training.recipe import DEFAULTS, check_parameters, make_recipe
+from nwrepro.training.checkpoint import saved_states
 
 STEPS, ROUNDS = 6, 15
 

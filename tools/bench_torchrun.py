@@ -5,8 +5,9 @@ itself is halted), so that a slow minute of the machine meets both. Printed are 
 quartiles, and the interval that holds the median in 95 of 100 such measurements. The default is that of a run."""
 import os, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
-from nwrepro.costs import step_ratio
-from nwrepro.training import begin_run, make_model, parser, prepare, start, steps_of_epoch
+from nwrepro.results.costs import step_ratio
+from nwrepro.training.command import parser, prepare
+from nwrepro.training.loop import begin_run, make_model, start, steps_of_epoch
 
 STEPS, WARM = 2, 3
 

@@ -5,10 +5,10 @@ One line of JSON per run, accuracies in percent. The images are one epoch of ful
 """
 import copy, hashlib, json, sys
 import torch
-from nwrepro.data import Views, load_source, loader
-from nwrepro.recipe import make_recipe
-from nwrepro.runs import Record, machine
-from nwrepro.training import make_views, trained
+from nwrepro.training.data import Views, load_source, loader
+from nwrepro.training.recipe import make_recipe
+from nwrepro.training.runs import Record, machine
+from nwrepro.training.loop import make_views, trained
 
 @torch.no_grad()
 def top1(model, views, recipe, training):

@@ -8,10 +8,10 @@ Runs are trained in FOLDER (../study, or --folder), a clone at COMMIT with an en
 """
 import argparse, itertools, os, signal, statistics, subprocess, sys, time
 from pathlib import Path
-from nwrepro.recipe import DEFAULTS, check_parameters
-from nwrepro.records import pack, records
-from nwrepro.runs import RESULTS, canonical, machine
-from nwrepro.sweeps import BOUNDS, PROBE_STEPS, learns, top_rung
+from nwrepro.training.recipe import DEFAULTS, check_parameters
+from nwrepro.training.records import pack, records
+from nwrepro.training.runs import RESULTS, canonical, machine
+from nwrepro.experiments.grid import BOUNDS, PROBE_STEPS, learns, top_rung
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT/'reports'/'cifar10'

@@ -2,7 +2,7 @@
 import torch
 from torch import nn
 from nwrepro import SCHEMES, Scheme
-from nwrepro.layers import weight_normalize
+from nwrepro.methods.layers import weight_normalize
 
 # Standard deviation of scale and shift under bn by layer, in units of the standardized output, as tools/batch_noise.py measures it.
 # None so far: the noise is measured on a run of the study, and without it this scheme is refused.
