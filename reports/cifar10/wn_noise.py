@@ -2,7 +2,6 @@
 import torch
 from torch import nn
 from nwrepro import SCHEMES, Scheme
-from nwrepro.methods.layers import weight_normalize
 
 # Standard deviation of scale and shift under bn by layer, in units of the standardized output, as tools/batch_noise.py measures it.
 # None so far: the noise is measured on a run of the study, and without it this scheme is refused.
@@ -35,5 +34,5 @@ def set_sizes(model):
         if name not in SIZES: raise ValueError(f'wn_noise knows no noise for {name}: measure it on a finished run of bn in this network, by tools/batch_noise.py')
         m.scale, m.shift = SIZES[name]
 
-SCHEMES['wn_noise'] = Scheme(conv=weight_normalize, norm=lambda bn: BatchNoise(bn.num_features), head=weight_normalize,
-                             inits=('norm_preserving', 'torch', 'data'), finish=set_sizes)
+wn = SCHEMES['wn']
+SCHEMES['wn_noise'] = Scheme(conv=wn.conv, norm=lambda bn: BatchNoise(bn.num_features), head=wn.head, inits=wn.inits, finish=set_sizes)
