@@ -1,7 +1,7 @@
 "Whole runs: real photographs, a folder of one's own, and a broken file among the images"
 import numpy, pytest
 from PIL import Image
-from nwrepro.training.data import load_source
+from nwrepro.training.sources import load_source
 from nwrepro.training.records import load_runs
 from nwrepro.training.command import main, train
 

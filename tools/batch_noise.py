@@ -4,7 +4,8 @@ python tools/batch_noise.py RUN [FOLDER]   a finished run whose weights are in d
 """
 import sys
 import torch
-from nwrepro.training.data import load_source, loader
+from nwrepro.training.sources import load_source
+from nwrepro.training.pipeline import loader
 from nwrepro.training.records import records
 from nwrepro.methods.schemes import takes_batch_statistics
 from nwrepro.training.loop import logits_of, make_views, recipe_of, trained

@@ -6,7 +6,8 @@ Prepared images are in the cache, as from a run's second epoch. Both run in turn
 import statistics, tempfile, time
 import torch
 import torch.nn.functional as F
-from nwrepro.training.data import load_source, loader
+from nwrepro.training.sources import load_source
+from nwrepro.training.pipeline import loader
 from nwrepro.training.recipe import check_parameters, make_recipe
 from nwrepro.training.command import parser
 from nwrepro.training.loop import begin_run, make_model, make_views, start, steps_of_epoch

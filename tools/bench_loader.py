@@ -12,7 +12,9 @@ from timm.data.transforms import MaybePILToTensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomCrop, RandomHorizontalFlip, RandomResizedCrop, Resize, ToTensor
-from nwrepro.training.data import PIPELINES, Source, Views, key, kept_random_state, loader, pipelines, read_split, set_random_state
+from nwrepro.training.pipeline import PIPELINES, Views, key, kept_random_state, loader, pipelines, set_random_state
+from nwrepro.training.data import Source
+from nwrepro.training.sources import read_split
 
 def transforms(kind, size):
     "The random part of a pipeline as torchvision has it, up to an image"

@@ -6,7 +6,8 @@ Steps with and without the check run in turn in one process on one batch, after 
 import statistics, tempfile, time
 import torch
 import nwrepro.training.loop as training
-from nwrepro.training.data import load_source, loader
+from nwrepro.training.sources import load_source
+from nwrepro.training.pipeline import loader
 from nwrepro.training.recipe import DEFAULTS, check_parameters, make_recipe
 from nwrepro.training.checkpoint import saved_states
 

@@ -7,7 +7,7 @@ step, goes on with the same command, evaluates, and is listed; at the end the re
 import argparse, itertools, json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from timm.data import ImageNetInfo
-from nwrepro.training.data import check_imagenet
+from nwrepro.training.sources import check_imagenet
 from nwrepro.training.runs import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,7 +10,9 @@ __all__ = ['LINKS', 'GRADIENT', 'CORES', 'BATCH', 'TRAIN', 'EPOCHS', 'COUNTS', '
 import argparse, json, tempfile, time
 from pathlib import Path
 import numpy, pandas, timm, torch
-from ..training.data import Views, load_source, loader, pipelines, project_root, shown
+from ..training.pipeline import Views, loader, pipelines
+from ..training.sources import load_source
+from ..common import project_root, shown
 from ..training.distributed import torchrun
 from .roofline import gpu, step_work, survey, work_seconds
 from ..training.runs import provenance, write_atomic

@@ -20,11 +20,11 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 import pandas, torch
-from ..training.data import load_source, project_root
+from ..training.sources import load_source
+from ..common import project_root, choose
 from ..training.recipe import DEFAULTS, RULES, TUNED_BY, Recipe, Rule, check_parameters, make_recipe, notebook_parameters, parse_value, tuned_table
 from ..training.records import load_runs
 from ..training.runs import RESULTS, Record, code_hash, machine, read_metrics, run_name, write_atomic
-from ..methods.schemes import choose
 from ..training.checkpoint import hold, release
 from ..training.loop import evaluated, make_schedule, make_views, same_images, warmup_steps
 

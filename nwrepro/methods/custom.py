@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from timm.models.resnet import BasicBlock, ResNet
-from ..training.data import project_root, shown
+from ..common import project_root, shown
 from .later import SCHEMES
 from .schemes import convert
 

@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'KNOWN', 'STOCK', 'keep', 'no_norm', 'batch_norm', 'with_bias', 'relu', 'strict', 'Scheme', 'JoinBlock',
-           'period_strides', 'has_period_strides', 'head_of', 'swap', 'join_branches', 'choose', 'check_layers',
+           'period_strides', 'has_period_strides', 'head_of', 'swap', 'join_branches', 'check_layers',
            'takes_batch_statistics', 'uses_batch_statistics', 'set_statistics_batch', 'convert', 'parameter_roles',
            'plain_layer', 'scaled_layer', 'fold', 'norm_name', 'norm_state', 'check_holds', 'to_timm']
 
 # %% ../../nbs/methods/schemes.ipynb #3817ab18
 import copy
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm.layers import DropBlock2d, DropPath
 from timm.models.resnet import ResNet
+from ..common import choose
 from .initialization import INITS, blocks, fans, zero_last
 from .layers import GhostBatchNorm2d, NPAdd, NPReLU, TReLU, WNAdd, weight_normalize
 
@@ -166,17 +166,6 @@ def join_branches(
         if block in blocks_of:
             last = block.conv3 if hasattr(block, 'conv3') else block.conv2
             model.set_submodule(name, JoinBlock(block, join(last.out_channels)))
-
-# %% ../../nbs/methods/schemes.ipynb #a0ea0098
-def choose(
-    kind:str,     # what is chosen, for the message
-    name:str,     # the choice
-    accepted,     # accepted names
-)->str:           # `name`
-    "`name` if it is accepted; else a ValueError that names the nearest accepted one"
-    if name in accepted: return name
-    near = difflib.get_close_matches(str(name), accepted, n=1, cutoff=0.5)
-    raise ValueError(f'unknown {kind} {name!r}: ' + (f'did you mean {near[0]!r}? ' if near else '') + f"accepted: {', '.join(accepted)}")
 
 # %% ../../nbs/methods/schemes.ipynb #3b87d8f8
 KNOWN = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Identity, nn.Dropout,

@@ -10,7 +10,7 @@ __all__ = ['MEASURED', 'SAME', 'UNMEASURED', 'SIGNIFICANT', 'cost_records', 'ste
 from pathlib import Path
 import numpy, scipy.stats
 from .accuracy import FAMILY
-from ..training.data import project_root
+from ..common import project_root
 from ..training.runs import read_json
 from .statistics import LEAST, Estimate, mean_interval
 from .verdicts import Verdict, claim, not_tested, number, ruling, table_of

@@ -20,7 +20,7 @@ from ..cost import scaling
 from .accuracy import against_bn
 from .arms import by_setting, comparable, complete, is_whole
 from .claims import CLAIMS
-from ..training.data import project_root
+from ..common import project_root
 from .figures import Shelf, learning_rates, listed, picture_of, save, starts, tuning_runs, whole_runs
 from ..training.runs import Record, write_atomic
 

@@ -9,7 +9,9 @@ __all__ = ['EXITS', 'what_broke', 'load_checkpoint', 'fit_on_many', 'own_run', '
 import argparse, os, re, signal
 from ..methods.fast import fast_form, write_back
 from .checkpoint import Interrupted, caught, load_state, release
-from .data import Source, load_source, shown
+from .data import Source
+from .sources import load_source
+from ..common import shown
 from .distributed import Onlooker, alike, by_all, first_line, from_first, lost, meet, torchrun
 from .loop import begin_run, first_images, fit, load_result, make_model, make_optimizer, make_views, pace_of, recipe_of
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe

@@ -8,12 +8,13 @@ __all__ = ['stock', 'score', 'main']
 # %% ../../nbs/training/known.ipynb #68cd897e
 import argparse
 from pathlib import Path
-import numpy, timm, torch
+import numpy, scipy.stats, timm, torch
 from safetensors.torch import load_file
 from torch import nn
-from .data import PIPELINES, Source, Views, load_source, loader, pipelines
+from .pipeline import PIPELINES, Views, loader, pipelines
+from .data import Source
+from .sources import load_source
 from .distributed import first_line
-from ..results.predictions import wilson
 from .loop import tally
 
 # %% ../../nbs/training/known.ipynb #ef64de15
@@ -58,8 +59,8 @@ def score(
         total += tally(model(x.to(device)), y.to(device))
         before, n = n, n+len(y)
         if n//5000 > before//5000: show(f'{n:,} of {len(source.val):,} images: top-1 {100*total[1]/n:.2f} %')
-    top1 = wilson(total[1], n)
-    return dict(top1=top1.value, low=top1.low, high=top1.high, top5=100*total[2]/n, loss=total[0]/n, images=n)
+    low, high = scipy.stats.binomtest(int(total[1]), n).proportion_ci(0.95, method='wilson')
+    return dict(top1=100*total[1]/n, low=100*low, high=100*high, top5=100*total[2]/n, loss=total[0]/n, images=n)
 
 # %% ../../nbs/training/known.ipynb #11359482
 def main(

@@ -32,7 +32,9 @@ from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.utils import accuracy
 from torch import nn
 from ..methods.custom import scheme_of
-from .data import Source, Views, balanced, holdout, key, loader, pipelines, shown
+from .data import Source, balanced, holdout
+from .pipeline import Views, key, loader, pipelines
+from ..common import shown
 from ..methods.fast import WNSGD, compiler_works, copy_norms, fast_form, plain_weights, readable_layers, write_back
 from ..methods.networks import stock_network
 from .distributed import divide, from_first, make_accelerator, meet, merge_statistics, running, together, tracked, wrapped

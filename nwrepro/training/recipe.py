@@ -12,11 +12,13 @@ import csv, math, shlex
 from collections import namedtuple
 from dataclasses import dataclass, fields
 import torch
-from .data import AUGMENT, Source, data_set, project_root
+from .pipeline import AUGMENT
+from .data import Source, data_set
+from ..common import project_root, choose
 from ..methods.custom import load_schemes, scheme_hash
 from ..methods.later import SCHEMES
 from ..methods.networks import ARCHS, STEMS, check_stem, stock_network
-from ..methods.schemes import choose, convert, parameter_roles, uses_batch_statistics
+from ..methods.schemes import convert, parameter_roles, uses_batch_statistics
 
 # %% ../../nbs/training/recipe.ipynb #fe9aa8f0
 Rule = namedtuple('Rule', 'kind words accepts word', defaults=(lambda value: True, None))  # `word` is accepted besides values of the kind

@@ -9,7 +9,7 @@ __all__ = ['PACKED', 'records', 'origin', 'load_runs', 'member', 'pack', 'check_
 import csv, hashlib, io, os, re, uuid, zipfile
 from pathlib import Path
 import pandas
-from .data import project_root
+from ..common import project_root
 from .runs import RESULTS, Record
 
 # %% ../../nbs/training/records.ipynb #f7aa6360

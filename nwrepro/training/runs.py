@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 import pandas, torch
 import nwrepro
-from .data import project_root
+from ..common import project_root
 
 # %% ../../nbs/training/runs.ipynb #7418878f
 def write_atomic(

@@ -11,7 +11,8 @@ import hashlib, io, json, os, random, shutil, tarfile
 from pathlib import Path
 import numpy, pandas
 from PIL import Image
-from .data import Images, Source, located, shown
+from .data import Images, Source, located
+from ..common import shown
 
 # %% ../../nbs/training/shards.ipynb #3a67a501
 def encoded(

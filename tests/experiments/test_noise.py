@@ -3,7 +3,8 @@ import importlib.util
 import pytest, torch
 from conftest import ROOT
 from nwrepro.methods.custom import load_schemes, scheme_of
-from nwrepro.training.data import load_source, loader
+from nwrepro.training.sources import load_source
+from nwrepro.training.pipeline import loader
 from nwrepro.methods.layers import GhostBatchNorm2d
 from nwrepro.training.recipe import make_recipe
 from nwrepro.methods.schemes import SCHEMES, fold

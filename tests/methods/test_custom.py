@@ -7,7 +7,7 @@ import nwrepro.training.loop
 from conftest import run_in
 from nwrepro import SCHEMES, Scheme, convert, load_runs
 from nwrepro.methods.custom import BUILT_IN, load_schemes
-from nwrepro.training.data import load_source
+from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import check_parameters, make_recipe
 from nwrepro.training.records import records
 from nwrepro.training.runs import Record, run_name

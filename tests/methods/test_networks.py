@@ -6,7 +6,8 @@ import numpy, pytest, torch
 import torch.nn.functional as F
 from conftest import FIVE, ROOT
 from torch import nn
-from nwrepro.training.data import load_source, pipelines
+from nwrepro.training.sources import load_source
+from nwrepro.training.pipeline import pipelines
 from nwrepro.methods.fast import fast_form
 from nwrepro.methods.later import MeanOnlyBatchNorm2d, SCHEMES
 from nwrepro.methods.layers import GhostBatchNorm2d, filter_norms

@@ -7,7 +7,7 @@ from hypothesis import given as drawn, strategies as st
 from PIL import Image
 
 from conftest import snapshot
-from nwrepro.training.data import load_source
+from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import DEFAULTS, RULES, check_parameters, notebook_parameters, parse_value
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import read_metrics

@@ -4,14 +4,16 @@ from collections import Counter
 from pathlib import Path
 
 import numpy, pytest, timm.data, torch, torchvision
-import nwrepro.training.data
+import nwrepro.training.sources
 from hypothesis import given, strategies as st
 from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
 from conftest import ROOT
-from nwrepro.training.data import (NAMES, PIPELINES, Images, Views, balanced, check_imagenet, choose, data_folder, fingerprint, holdout, key, kept_random_state,
-                          load_source, loader, order, pipelines, project_root, read_digits, resize, same_classes, set_random_state, unknown)
+from nwrepro.common import project_root, unknown
+from nwrepro.training.data import Images, balanced, data_folder, fingerprint, holdout, read_digits
+from nwrepro.training.pipeline import PIPELINES, Views, key, kept_random_state, loader, order, pipelines, resize, set_random_state
+from nwrepro.training.sources import NAMES, auto_source, check_imagenet, load_source, same_classes
 
 KINDS = pytest.mark.parametrize('kind', PIPELINES)
 DATA = Path(os.environ.get('NWREPRO_DATA') or ROOT/'data')
@@ -96,14 +98,14 @@ def test_auto_is_imagenet_in_place_but_not_under_nbdev_test(tmp_path, monkeypatc
 def test_auto_takes_a_data_folder_of_a_thousand_classes_for_imagenet(tmp_path):
     for split in ('train', 'val'):
         for k in range(1000): (tmp_path/split/f'n{k:08d}').mkdir(parents=True)
-    assert choose(tmp_path)[0] == 'imagenet'
+    assert auto_source(tmp_path)[0] == 'imagenet'
     (tmp_path/'train'/'n00000000').rmdir()
-    name, why = choose(tmp_path)
+    name, why = auto_source(tmp_path)
     assert name == 'digits' and 'data=folder' in why
 
 def test_auto_says_what_else_lies_there(tmp_path):
     make_folder(tmp_path/'imagenette2-160')
-    assert 'data=imagenette uses' in choose(tmp_path)[1]
+    assert 'data=imagenette uses' in auto_source(tmp_path)[1]
 
 def test_auto_refuses_a_given_folder_that_is_not_there(tmp_path, monkeypatch):
     assert 'nowhere' in fault(load_source, 'auto', tmp_path/'nowhere')
@@ -399,7 +401,7 @@ def test_period_resizes_to_eight_sevenths(coloured):
 
 def test_imagenet_is_counted_where_no_class_is_short(tmp_path, monkeypatch):
     "A thousand classes, of which the least counts are scaled down"
-    for name, n in dict(LEAST=1, EACH=1, TRAIN_IMAGES=1001).items(): monkeypatch.setattr(nwrepro.training.data, name, n)
+    for name, n in dict(LEAST=1, EACH=1, TRAIN_IMAGES=1001).items(): monkeypatch.setattr(nwrepro.training.sources, name, n)
     for split, name in ((split, name) for split in ('train', 'val') for name in timm.data.ImageNetInfo('imagenet-1k').label_names()):
         (tmp_path/split/name).mkdir(parents=True)
         (tmp_path/split/name/'0.JPEG').touch()
@@ -522,7 +524,7 @@ def test_a_worker_keeps_no_images(coloured, monkeypatch):
     views = Views(coloured.train, range(12), pipelines(coloured, 32, 'period'), train=True)
     list(loader(views, workers=2))
     assert views.cache == {}
-    monkeypatch.setattr('nwrepro.training.data.get_worker_info', lambda: 'a worker')
+    monkeypatch.setattr('nwrepro.training.pipeline.get_worker_info', lambda: 'a worker')
     views[0, 0]
     assert views.cache == {}
 

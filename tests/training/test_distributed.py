@@ -37,7 +37,7 @@ def trained(folder, processes, **given):
 
 STEPS = """
 import json, sys, torch
-from nwrepro.training.data import load_source
+from nwrepro.training.sources import load_source
 from nwrepro.training.distributed import meet
 from nwrepro.training.recipe import make_recipe
 from nwrepro.training.loop import make_model, make_views, share, start, train_step

@@ -5,7 +5,8 @@ import pytest, timm.data, torch
 from PIL import Image
 
 from conftest import ROOT
-from nwrepro.training.data import Views, load_source, loader, pipelines
+from nwrepro.training.pipeline import Views, loader, pipelines
+from nwrepro.training.sources import load_source
 from nwrepro.training.shards import read_shards, write_shards
 from nwrepro.training.command import main
 
