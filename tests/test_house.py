@@ -90,6 +90,10 @@ def test_clean_keeps_what_papermill_needs(project):
 def test_readme_is_the_rendering_of_index():
     ok(run_in(ROOT, sys.executable, 'tools/readme.py', '--check'))
 
+def test_the_readme_is_read_in_a_minute():
+    readme = (ROOT/'README.md').read_text()
+    assert len(readme.split()) <= 900 and len(readme.partition('![png]')[0].split()) <= 150 and '![png]' in readme
+
 def test_links_of_the_readme_lead_somewhere():
     readme = (ROOT/'README.md').read_text()
     links = re.findall(r'\]\(([^)\s#:]+)(?:#[^)\s]*)?\)', re.sub(r'```.*?```', '', readme, flags=re.S))

@@ -6,11 +6,11 @@ python tools/study.py pack NAME               put what has ended since into repo
 
 Runs are trained in FOLDER (../study, or --folder), a clone at COMMIT with an environment of its own, so that all have the same code.
 """
-import argparse, itertools, os, signal, statistics, subprocess, sys, time
+import argparse, itertools, math, os, signal, statistics, subprocess, sys, time
 from pathlib import Path
 from nwrepro.training.recipe import DEFAULTS, check_parameters
 from nwrepro.training.records import pack, records
-from nwrepro.training.runs import RESULTS, canonical, machine
+from nwrepro.training.runs import RESULTS, canonical
 from nwrepro.experiments.grid import BOUNDS, PROBE_STEPS, learns, top_rung
 
 ROOT = Path(__file__).parents[1]
@@ -29,13 +29,55 @@ PILOT = [COMMON | dict(eval_every=5) | one for one in (
     SUBSET | dict(norm='wn', lr=0.1, weight_decay=1.5e-3),
 )]
 
+# -- what all later parts share; None until the pilot has ended
+REGIME = None
+
+ARMS = dict(bn=dict(norm='bn'), bn_zero=dict(norm='bn', zero_init=True), none=dict(norm='none', init='norm_preserving'), wn=dict(norm='wn', init='norm_preserving'),
+            wn_torch=dict(norm='wn', init='torch'), wn_data=dict(norm='wn', init='data'), np=dict(norm='np'), trelu=dict(norm='trelu', init='even'))
+CANDIDATES, BEYOND = (0.025, 0.05, 0.1, 0.2, 0.4), 3  # learning rates of every arm, and how often a list may be lengthened
+TUNING, FINAL, LADDER = (0, 1), range(10, 15), range(20, 25)  # seeds
+
 def key(given):
     "What a record holds of the parameters of its command"
     return canonical({name: value for name, value in check_parameters(given).items() if value != DEFAULTS.get(name)})
 
+def tuned(arm, score):
+    "Runs that choose the learning rate of an arm, and the choice; `score` of a run is None where it has not ended. The choice is None until all have"
+    def run(lr, seed): return COMMON | REGIME | ARMS[arm] | dict(holdout=0.1, eval_every=5, lr=lr, seed=seed)
+    tried = list(CANDIDATES)
+    for _ in range(BEYOND+1):
+        runs, scores = [run(lr, TUNING[0]) for lr in tried], [score(run(lr, TUNING[0])) for lr in tried]
+        if None in scores: return runs, None
+        best = tried[scores.index(max(scores))]
+        more = [best/2]*(best == min(tried)) + [best*2]*(best == max(tried))
+        if not more or len(tried) == len(CANDIDATES)+BEYOND: break
+        tried += more
+    first_two = sorted(tried, key=lambda lr: -score(run(lr, TUNING[0])))[:2]
+    again = [run(lr, TUNING[1]) for lr in first_two]
+    means = [None if score(second) is None else score(run(lr, TUNING[0]))+score(second) for lr, second in zip(first_two, again, strict=True)]
+    return runs+again, None if None in means else first_two[means.index(max(means))]
+
+def rungs(arm, warmup, seed, ended):
+    "Probes of 200 steps at full learning rate, from 16 down until two in a row learn"
+    batches = (REGIME.get('train_images') or 50_000)//COMMON['batch_size']
+    steps, tried, lr = round(warmup*batches)+PROBE_STEPS, {}, BOUNDS[1]
+    while lr >= BOUNDS[0] and not top_rung(tried).learns:
+        given = COMMON | REGIME | ARMS[arm] | dict(lr=lr, seed=seed, warmup_epochs=warmup, max_steps=steps, epochs=math.ceil(20*steps/batches), eval_every=1000)
+        yield given
+        if key(given) not in ended: return
+        tried[lr] = learns(ended[key(given)])
+        lr /= 2
+
 def wanted(ended):
     "Runs in order, as far as the records in `ended` tell which"
     yield from PILOT
+    if not REGIME: return
+    def score(given): return (ended[key(given)].summary.get('top1') or 0.) if key(given) in ended else None
+    plans = {arm: tuned(arm, score) for arm in ARMS}
+    for runs, _ in plans.values(): yield from runs
+    for seed, (arm, (_, lr)) in itertools.product(FINAL, plans.items()):
+        if lr: yield COMMON | REGIME | ARMS[arm] | dict(eval_every=2, lr=lr, seed=seed)
+    for seed, (arm, warmup) in itertools.product(LADDER, [*((arm, 1.) for arm in ARMS), ('bn', 0.), ('wn', 0.)]): yield from rungs(arm, warmup, seed, ended)
 
 def found(folder):
     "Records of runs that have ended, here and in the clone, by `key`"
