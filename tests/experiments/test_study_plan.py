@@ -27,7 +27,7 @@ def play(study, best, largest):
 
 def test_every_arm_is_tuned_then_trained_then_probed(study):
     best = dict.fromkeys(study.ARMS, 0.1) | dict(wn=1.6, trelu=0.012)
-    order, arm = play(study, best, dict.fromkeys(study.ARMS, 4.))
+    order, arm = play(study, best, dict.fromkeys(study.ARMS, 16.))
     tuning, final, probes = [[g for g in order if test(g)] for test in (lambda g: g.get('holdout'), lambda g: not g.get('holdout') and 'max_steps' not in g, lambda g: 'max_steps' in g)]
     assert order == tuning+final+probes
     for name, rates in dict(bn=5, wn=8, trelu=7).items():
@@ -35,10 +35,10 @@ def test_every_arm_is_tuned_then_trained_then_probed(study):
         assert len([g for g in own if g['seed'] == 0]) == rates and len([g for g in own if g['seed'] == 1]) == 2
     assert len(final) == 8*5 and {(arm(g), g['lr']) for g in final} == {(name, dict(wn=1.6, trelu=0.0125).get(name, 0.1)) for name in study.ARMS}
     assert {g['seed'] for g in final}.isdisjoint({g['seed'] for g in tuning})
-    assert len(probes) == 10*5*4 and {g['lr'] for g in probes} == {16, 8, 4, 2} and {(arm(g), g['warmup_epochs']) for g in probes} >= {('bn', 0.), ('bn', 1.), ('wn', 0.)}
+    assert len(probes) == 10*5*2 and {g["lr"] for g in probes} == {16, 8} and {(arm(g), g['warmup_epochs']) for g in probes} >= {('bn', 0.), ('bn', 1.), ('wn', 0.)}
 
 def test_all_of_it_is_accepted(study):
-    order, _ = play(study, dict.fromkeys(study.ARMS, 0.1), dict.fromkeys(study.ARMS, 4.))
+    order, _ = play(study, dict.fromkeys(study.ARMS, 0.1), dict.fromkeys(study.ARMS, 16.))
     assert len({study.key(g) for g in order}) == len(order)
 
 def test_nothing_but_the_pilot_without_a_regime(study, monkeypatch):
