@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/'_docs'
 REPOSITORY = 'https://github.com/nwrepro/nwrepro/blob/main/'
-GROUPS = {'To run': ('train', 'sweep', 'cost', 'report'), 'Methods': ('methods', 'common'), 'Training': ('training',), 'Experiments': ('experiments',), 'Results and cost': ('results', 'cost')}
+GROUPS = {'To run': ('train', 'sweep', 'cost', 'report'), 'Methods': ('methods/', 'common'), 'Training': ('training/',), 'Experiments': ('experiments/',), 'Results and cost': ('results/', 'cost/')}
 
 def slug(heading): return re.sub(r'[^\w\- ]', '', heading.lower().replace('-', ' ')).replace(' ', '-')
 
@@ -57,7 +57,7 @@ def contents(pages):
     "The contents as Sphinx reads them, in the order of the README"
     order = re.findall(r'\]\((?:nbs/)?([\w/]+\.ipynb)\)', (ROOT/'README.md').read_text().partition('## Contents')[2])
     rank = {name.removesuffix('.ipynb'): k for k, name in reversed(list(enumerate(order)))}
-    def of(group): return [p for p in pages if p in group or '/' in p and p.split('/')[0] in group and group is not GROUPS['To run']]
+    def of(group): return [p for p in pages if p in group or '/' in p and p.partition('/')[0]+'/' in group]
     return '\n\n'.join(f'```{{toctree}}\n:hidden:\n:caption: {caption}\n\n' + '\n'.join(sorted(of(group), key=lambda p: (rank.get(p, 99), p))) + '\n```' for caption, group in GROUPS.items())
 
 def prepare(folder):
