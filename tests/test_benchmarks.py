@@ -32,7 +32,7 @@ def test_the_loaders_do_the_same_work(tmp_path):
         path = photos/f'n{i%3}'/f'{i}.jpg'
         path.parent.mkdir(parents=True, exist_ok=True)
         noise(rng, 90+9*i, 120-5*i).save(path)  # no view enlarges them, which timm and torchvision do in other ways
-    images, classes = bench.read_split(photos)
+    images, classes, _ = bench.read_split(photos)
     source = bench.Source('folder', classes, images, images)
     asked = bench.argparse.Namespace(image_size=32, images=96, batch_size=8, workers=0)
     for kind in bench.PIPELINES:

@@ -14,7 +14,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomCrop, RandomHorizontalFlip, RandomResizedCrop, Resize, ToTensor
 from nwrepro.training.pipeline import PIPELINES, Views, key, kept_random_state, loader, pipelines, set_random_state
 from nwrepro.training.data import Source
-from nwrepro.training.sources import read_split
+from nwrepro.training.layouts import read_split
 
 def transforms(kind, size):
     "The random part of a pipeline as torchvision has it, up to an image"
@@ -65,7 +65,7 @@ def main():
     parser.add_argument('--pipelines', nargs='+', choices=PIPELINES, default=PIPELINES)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    images, classes = read_split(asked.folder)
+    images, classes, _ = read_split(asked.folder)
     source = Source('folder', classes, images, images)
     print(f'{len(images)} images, {asked.image_size} px, batch {asked.batch_size}, {asked.workers} workers, {asked.rounds} rounds of {asked.images} images; '
           f'torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}')
