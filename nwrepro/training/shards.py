@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'FACTS', 'OPEN', 'encoded', 'append', 'key_of', 'write_split', 'sum_of', 'write_shards', 'Shards',
-           'ShardImages', 'as_arrays', 'label_of', 'look_through', 'read_split', 'read_shards']
+           'ShardImages', 'as_arrays', 'label_of', 'look_through', 'read_shard_split', 'read_shards']
 
 # %% ../../nbs/training/shards.ipynb #54fa3275
 import hashlib, io, json, os, random, shutil, tarfile
@@ -150,9 +150,9 @@ def label_of(
 
 def look_through(
     paths:list[Path],   # of the shards
-)->dict:                # `COLUMNS` -> array; ValueError where a shard is damaged, or no image has a label
+)->dict:                # `COLUMNS` -> array; ValueError where a shard is damaged, or an image has no label
     "The table of shards that have none"
-    rows = []
+    rows, lost, count = [], [], 0
     for shard, path in enumerate(paths):
         images, labels = {}, {}
         try:
@@ -164,11 +164,14 @@ def look_through(
                     elif suffix.lower() in ('jpg', 'jpeg', 'png', 'webp'): images[folder+slash+stem] = (member.offset_data, member.size, member.name)
         except tarfile.TarError as error: raise ValueError(f'shard {shown(path)} is damaged or cut short ({error}): copy it again') from None
         rows += [(shard, offset, size, labels[key], name) for key, (offset, size, name) in images.items() if key in labels]
-    if not rows: raise ValueError(f'no image in {shown(paths[0])} and its like has a label beside it: each needs one, as in x.jpg and x.cls')
+        lost, count = lost+[f'{name} in {shown(path)}' for key, (_, _, name) in images.items() if key not in labels], count+len(images)
+    if lost or not rows:
+        what = f'{len(lost):,} of {count:,} images in {shown(paths[0])} and its like have no label, such as {lost[0]}' if lost else f'no image is in {shown(paths[0])} and its like'
+        raise ValueError(f'{what}: each needs one beside it in the same shard, as in x.jpg and x.cls')
     return as_arrays(rows)
 
 # %% ../../nbs/training/shards.ipynb #5f429080
-def read_split(
+def read_shard_split(
     folder:Path,        # of the shards
     split:str,          # train, val, validation or test
 )->ShardImages:
@@ -195,7 +198,7 @@ def read_shards(
     if found[:1] != ['train'] or len(found) < 2:
         raise ValueError(f"no shards for data={name} ({shown(folder)} holds {' and '.join(found)+' only' if found else 'neither train-*.tar nor val-*.tar'}): "
                          'write them with nwrepro.training.shards.write_shards, or correct data_dir or NWREPRO_DATA')
-    train, val = (read_split(folder, split) for split in found[:2])
+    train, val = (read_shard_split(folder, split) for split in found[:2])
     listed, facts = folder/'classes.txt', folder/'_info.json'
     info = json.loads(facts.read_text()) if facts.is_file() else {}
     for split, images in zip(found, (train, val)):
@@ -203,6 +206,8 @@ def read_shards(
         if written != len(images): raise ValueError(f'{shown(folder)} has {len(images):,} images of {split} where {written:,} were written: copy it again, and check all with `sha256sum -c SHA256SUMS` there')
     classes = listed.read_text(encoding='utf-8').splitlines() if listed.is_file() else [str(y) for y in range(max(train.labels)+1)]
     beyond = max(*train.labels, *val.labels)
+    if min(*train.labels, *val.labels) == 1 and beyond in (len(classes), len(classes)-1):
+        raise ValueError(f'{shown(folder)} has labels from 1 to {beyond}, and no image of class 0: number the classes from 0 on, and write the shards anew')
     if beyond >= len(classes): raise ValueError(f'{shown(folder)} has an image of class {beyond}, where there are {len(classes)} classes from 0 on: '
                                                 'list all of them in classes.txt, one name a line, or write the shards anew')
     source = Source(name, classes, train, val, **{k: tuple(v) if isinstance(v, list) else v for k, v in info.get('source', {}).items()})

@@ -111,6 +111,7 @@ def bare(folder, **labels):
         with tarfile.open(folder/f'{split}-000000.tar', 'w') as tar:
             for k, label in enumerate(found):
                 for suffix, content in (('png', picture.getvalue()), ('cls', label)):
+                    if content is None: continue
                     member = tarfile.TarInfo(f'{k}.{suffix}')
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
@@ -121,6 +122,10 @@ def test_labels_of_other_makers(tmp_path):
     assert 'label 1.cls in ' in (message := fault(bare(tmp_path/'named', train=[b'0', b'cat'], val=[b'0']))) and "is 'cat': expected the number of a class" in message
     assert "label 0.cls in " in fault(bare(tmp_path/'empty', train=[b'', b'1'], val=[b'0']))
     assert 'has an image of class 5, where there are 2 classes from 0 on' in fault(bare(tmp_path/'beyond', train=[b'0', b'1'], val=[b'5']))
+
+def test_images_without_labels_and_labels_from_one_are_refused(tmp_path):
+    assert '1 of 3 images in ' in (said := fault(bare(tmp_path/'half', train=[b'0', None, b'1'], val=[b'0']))) and 'have no label, such as 1.png' in said
+    assert 'has labels from 1 to 2, and no image of class 0' in fault(bare(tmp_path/'one', train=[b'1', b'2'], val=[b'2', b'1']))
 
 def test_more_shards_than_may_be_open(few, monkeypatch):
     monkeypatch.setattr('nwrepro.training.shards.OPEN', 1)
