@@ -6,7 +6,7 @@
 __all__ = ['ANALOGUE', 'EXTRAS', 'LOCAL', 'WHO', 'CAME_TO', 'WHERE', 'FILES', 'COLUMNS', 'CSS', 'SCRIPT', 'PAGE', 'CLAIM',
            'FIGURE', 'GRID', 'wording', 'tally', 'ended', 'evidence', 'conclusion', 'answer', 'shown', 'draw',
            'command', 'cost_commands', 'commands', 'cell', 'table', 'settings_part', 'links', 'run_table', 'missing',
-           'datatables', 'render', 'figure_part', 'claim_part', 'scaling_part', 'write_page']
+           'datatables', 'render', 'figure_part', 'claim_part', 'write_page']
 
 # %% ../../nbs/results/page.ipynb #e15a1773
 import base64, os, re, shlex
@@ -16,7 +16,6 @@ from pathlib import Path
 from urllib.parse import quote
 import jinja2, pandas
 from markupsafe import Markup, escape
-from ..cost import scaling
 from .accuracy import against_bn
 from .arms import by_setting, comparable, complete, is_whole
 from .claims import CLAIMS
@@ -279,7 +278,7 @@ PAGE = '''<!doctype html>
 <main><section id="answer" aria-labelledby="answer-title"><h2 id="answer-title" style="margin-top:0;border:0">The answer</h2>
 <ol>{% for sentence in answer %}<li>{{ sentence|code }}</li>{% endfor %}</ol></section>
 {% if notes %}<details id="missing"{% if notes|length < 6 %} open{% endif %}><summary>What is missing ({{ notes|length }})</summary><ul>{% for note in notes %}<li>{{ note|code }}</li>{% endfor %}</ul></details>{% endif %}
-<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}{% for c in extras %}<a href="#{{ c.key }}">{{ c.title }}</a> {% endfor %}{% if beside.rows %}<a href="#beside">Beside bn</a> {% endif %}<a href="#settings">By setting</a> {% if scaling %}<a href="#scaling">Scaling</a> {% endif %}<a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
+<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}{% for c in extras %}<a href="#{{ c.key }}">{{ c.title }}</a> {% endfor %}{% if beside.rows %}<a href="#beside">Beside bn</a> {% endif %}<a href="#settings">By setting</a> <a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
 <h2 id="claims">The claims and their verdicts</h2>
 <p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing. <b>Exploratory</b>: how arms were chosen and repeated departs from the rules, so the verdict shows where to look. <b>Not testable here</b>: the setting leaves the claim nothing to decide.</p>
 <div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>how learning rates were chosen</th><th>known from</th></tr></thead><tbody>
@@ -291,8 +290,6 @@ PAGE = '''<!doctype html>
 <p>Test accuracy of <code>bn</code> minus that of the scheme, in points, with the 95 % interval by Welch over seeds; n finished runs of each. No claim of the paper, and not adjusted for how many schemes are asked about.</p>{{ grid(beside) }}{% endif %}
 <h2 id="settings">Results by setting</h2>
 {% if settings.rows %}<p>A row per scheme and setting: runs started, finished and diverged; means and 95 % intervals (from n = 3) of test and training accuracy, percent; with holdout, the images tested on are training images that were held out.{% if settings.shared %} In all rows: {{ settings.shared }}.{% endif %}</p>{{ grid(settings) }}{% else %}<p>No runs, so no settings.</p>{% endif %}
-{% if scaling %}<h2 id="scaling">Many cards: a prediction</h2>
-<p>Not measured: what 1 to 64 cards would make of ResNet-50 at 224 px, global batch 256 in bf16, by the model of <code>nbs/cost/scaling.ipynb</code>: compute (roofline of <code>wn</code>), ring all-reduce of 102 MB, and input. Peaks and links are of data sheets, from memory, unverified; that convolutions reach a quarter of the peak is our choice. {{ scaling.sentence }} <code>bn</code> with <code>bn_batch</code> 32 can share such a batch among eight cards at most.</p>{{ grid(scaling.table) }}{% endif %}
 <h2 id="runs">All runs</h2>
 {% if runs.rows %}<p>Each row links what the run left: its executed notebook, if a sweep ran it, its config, metrics and summary.</p>{{ grid(runs) }}{% else %}<p>No runs in <code>{{ place }}</code>. Make one, on handwritten digits and in a few minutes, and this page again:</p><pre tabindex="0">papermill nbs/train.ipynb reports/wn.ipynb -p norm wn
 {{ again }}</pre>{% endif %}
@@ -369,18 +366,6 @@ def claim_part(
     return part | figure_part(verdict.key, claim.title, picture, made, out)
 
 # %% ../../nbs/results/page.ipynb #4c18b7e5
-def scaling_part(
-    found:dict,     # as `scaling.record` returns it
-)->dict|None:       # `sentence` on what was measured, `table`; None = nothing was
-    "The section on many cards"
-    if not found: return None
-    rows = scaling.scaling(found['core']['period'], {card: scaling.image_seconds(card) for card in scaling.LINKS})
-    rows = rows.assign(images_per_s=[f'{rate:,.0f}' for rate in rows.images_per_s.round(-2)], efficiency=rows.efficiency.round(2), hours=rows.hours.round(1)).rename(columns=dict(hours='hours for 120 epochs'))
-    origin = found['provenance']
-    sentence = (f"Measured for it, on {origin['machine']['cpu']} with torch {origin['versions']['torch']}: {found['core']['period']:.0f} images per second and core ({found['images']} photographs, "
-                f"period pipeline; sixteen cores to a card), and, as a check, {found['all_reduce_s']:.2f} s for the all-reduce between two processes there.")
-    return dict(sentence=sentence, table=table(rows, 'Predicted scaling'))
-
 def write_page(
     verdicts:list,           # `Verdict`s of all claims
     pictures:dict,           # as `draw` makes them
@@ -389,7 +374,6 @@ def write_page(
     out:str|Path,            # folder of `index.html` and `figures/`, made where it is missing
 )->Path:                     # the page
     "Write `index.html` and its figures"
-    many = scaling_part(scaling.record())  # before anything is written, since a damaged record ends it
     out = Path(out).absolute()
     (out/'figures').mkdir(parents=True, exist_ok=True)
     place = Path(os.path.relpath(shelf.folder, project_root())).as_posix()
@@ -398,6 +382,6 @@ def write_page(
     places = {part['where']: [other['key'] for other in parts if other['where'] == part['where']] for part in parts if part['where']}
     extras = [figure_part(key, title, pictures.get(key), commands(of(runs), place), out) for key, (title, _, of) in EXTRAS.items()]
     page = render(answer=answer(verdicts, runs), claims=parts, places=places, notes=missing(runs, shelf), count=len(runs), place=place, runs=run_table(runs, shelf, out),
-                  settings=settings_part(runs), beside=table(against_bn(runs), 'Every scheme beside bn'), extras=[part for part in extras if part['figure']], scaling=many, again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
+                  settings=settings_part(runs), beside=table(against_bn(runs), 'Every scheme beside bn'), extras=[part for part in extras if part['figure']], again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
     write_atomic(out/'index.html', page)
     return out/'index.html'

@@ -245,30 +245,6 @@ def test_page_of_no_runs_says_how_to_make_one(tmp_path):
     assert 'no runs at all' in words and 'papermill nbs/train.ipynb reports/wn.ipynb -p norm wn' in words
     assert words.count('not tested') > len(CLAIMS) and seen.alts == []
 
-def test_many_cards_are_a_prediction_and_only_where_something_was_measured(tmp_path, monkeypatch):
-    (tmp_path/'settings.ini').touch()
-    (tmp_path/'reports').mkdir()
-    monkeypatch.chdir(tmp_path)
-    words, _ = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
-    assert 'a prediction' not in words
-    (tmp_path/'reports/scaling.json').write_text(json.dumps(dict(core=dict(period=123.4, modern=100.), all_reduce_s=0.25, data='photographs', images=200, provenance=ORIGIN)))
-    page = page_of(tmp_path/'nowhere', tmp_path/'page')
-    words, _ = check(page)
-    assert 'Many cards: a prediction Not measured' in words and 'made-up processor with torch 2.14.1: 123 images per second and core' in words and '0.25 s for the all-reduce' in words
-    section = page.read_text().split('id="scaling"')[1].split('<h2')[0]
-    rows = [re.findall('<td[^>]*>([^<]*)</td>', row) for row in section.split('</tr>')[1:-1]]
-    assert [(card, int(n)) for card, n, *_ in rows] == [(card, n) for card in ('A100 80 GB', 'H100 SXM') for n in (1, 2, 4, 8, 16, 32, 64)]
-    for _, n, rate, *_, hours in rows: assert float(hours) == pytest.approx(1_281_167*120/int(rate.replace(',', ''))/3600, rel=0.05, abs=0.05) and int(rate.replace(',', '')) < int(n)*16*130
-
-@pytest.mark.parametrize('text', ['', '{"core": ', '[]', '{"core": {}}', '\x00'])
-def test_a_damaged_measurement_is_named(tmp_path, monkeypatch, text):
-    (tmp_path/'settings.ini').touch()
-    (tmp_path/'reports').mkdir()
-    (tmp_path/'reports/scaling.json').write_text(text)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match='reports/scaling.json is damaged: delete it, or measure again with'): page_of(tmp_path/'nowhere', tmp_path/'page')
-    assert not (tmp_path/'page').exists()
-
 def test_no_figure_of_the_page_before_is_left(tmp_path):
     make(tmp_path/'runs')
     page_of(tmp_path/'runs', tmp_path/'page')
