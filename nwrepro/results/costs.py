@@ -9,11 +9,11 @@ __all__ = ['MEASURED', 'SAME', 'UNMEASURED', 'SIGNIFICANT', 'cost_records', 'ste
 # %% ../../nbs/results/costs.ipynb #a7137be4
 from pathlib import Path
 import numpy, scipy.stats
-from .accuracy import FAMILY
+from .accuracy import WN_FAMILY
 from ..training.data import project_root
 from ..training.runs import read_json
-from .statistics import LEAST, Estimate, mean_interval
-from .verdicts import Verdict, claim, not_tested, number, ruling, table_of
+from .statistics import MIN_RUNS, Estimate, mean_interval
+from .verdicts import Verdict, claim, not_tested, number_row, ruling, table_of
 
 # %% ../../nbs/results/costs.ipynb #3be7bd86
 MEASURED = ('arch', 'image_size', 'batch_size', 'precision', 'channels_last', 'device', 'hardware', 'seconds')
@@ -81,7 +81,7 @@ def ratio_words(
     form:str='.3f', # of a number
 )->str:
     "A ratio as text, with the interval that there is"
-    if e.n >= LEAST: return f'{e.value:{form}} ({e.low:{form}} to {e.high:{form}} over {e.n} processes)'
+    if e.n >= MIN_RUNS: return f'{e.value:{form}} ({e.low:{form}} to {e.high:{form}} over {e.n} processes)'
     within = '; '.join(f'{x.value:{form}} ({x.low:{form}} to {x.high:{form}} over {x.n} rounds)' for x in map(one, records))
     return f"{within} in {e.n} {'process' if e.n == 1 else 'processes'}"
 
@@ -122,7 +122,7 @@ def decide_c10(key, runs, folder=None):
     for records in found:
         share, precision = share_of(process_ratio(records, 'none', 'bn')), records[0]['precision']
         rulings.append(ruling(share._replace(low=share.low-SIGNIFICANT, high=share.high-SIGNIFICANT)))
-        rows.append(number(f'share of a step, {precision}', 'bn', share, '%'))
+        rows.append(number_row(f'share of a step, {precision}', 'bn', share, '%'))
         said.append(f"in {precision} {ratio_words(records, share, lambda record: share_of(step_ratio(record, 'none', 'bn')), '.1f')}")
     return Verdict(key, in_all(rulings), kind_of_cost(found[0][0]), f"percent of a step that bn takes: {'; '.join(said)}", table_of(rows), [], place_of_cost([r for records in found for r in records]))
 
@@ -137,10 +137,10 @@ def decide_c11(key, runs, folder=None):
     if not found: return not_tested(key, UNMEASURED)
     rows, rulings, said = [], [], []
     for records in found:
-        schemes, precision = [norm for norm in FAMILY if all(norm in r['seconds'] for r in records)], records[0]['precision']
+        schemes, precision = [norm for norm in WN_FAMILY if all(norm in r['seconds'] for r in records)], records[0]['precision']
         ratios = {norm: process_ratio(records, norm, 'bn') for norm in schemes}
         rulings += [ruling(Estimate(r.n, 1.01-r.value, 1.01-r.high, 1.01-r.low)) for r in ratios.values()]
-        rows += [number(f'step time over bn, {precision}', norm, r, 'times') for norm, r in ratios.items()]
-        rows += [number(f'step time over none, {precision}', norm, process_ratio(records, norm, 'none'), 'times') for norm in ('bn', *schemes)]
+        rows += [number_row(f'step time over bn, {precision}', norm, r, 'times') for norm, r in ratios.items()]
+        rows += [number_row(f'step time over none, {precision}', norm, process_ratio(records, norm, 'none'), 'times') for norm in ('bn', *schemes)]
         said.append(f'in {precision} '+', '.join(f"{norm} {ratio_words(records, r, lambda record, norm=norm: step_ratio(record, norm, 'bn'))}" for norm, r in ratios.items()))
     return Verdict(key, in_all(rulings), kind_of_cost(found[0][0]), f"a step takes this many times that of bn: {'; '.join(said)}", table_of(rows), [], place_of_cost([r for records in found for r in records]))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Course', 'LEVELS', 'FLAT', 'lines_of', 'running_accuracy', 'block_rms', 'growth', 'gains', 'place_in_block',
-           'coherence_ranks', 'read_course', 'changed', 'courses', 'epochs_to', 'level_gaps', 'decide_c3', 'early',
-           'untrained', 'rise', 'at_end', 'first_block_ratio', 'premise', 'trend_note', 'probed', 'decide_c7',
+           'coherence_ranks', 'read_course', 'last_modified', 'courses', 'epochs_to', 'level_gaps', 'decide_c3',
+           'early', 'untrained', 'rise', 'at_end', 'first_block_ratio', 'premise', 'trend_note', 'probed', 'decide_c7',
            'place_estimates', 'decide_c8']
 
 # %% ../../nbs/results/courses.ipynb #e3c1dbfa
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy, pandas, scipy.stats
 from ..training.runs import Record, read_metrics
 from .statistics import Estimate, mean_interval, welch
-from .verdicts import Comparison, Verdict, best_comparison, claim, interval, missing, not_tested, number, place, ruling, table_of
+from .verdicts import Comparison, Verdict, best_comparison, claim, format_interval, missing_schemes, not_tested, number_row, setting_text, ruling, table_of
 
 # %% ../../nbs/results/courses.ipynb #61ff2e97
 Course = namedtuple('Course', 'evals running growth coherence first', defaults=((), (), (), (), ()))
@@ -100,7 +100,7 @@ def read_course(
     coherent = [coherence_ranks(x) for x in (probes[:1]+probes[-1:] if len(probes) > 1 else []) if 'coherence' in x]
     return Course(evals, running_accuracy(lines), tuple((x['epoch'], growth(x['outputs'])) for x in probes), tuple(coherent), tuple((x['epoch'], rms[0]) for x in probes if (rms := block_rms(x['outputs']))))
 
-def changed(
+def last_modified(
     record:Record,  # in a pack or not
 )->int:             # nanoseconds; 0 where there is none
     "When a record changed last"
@@ -112,7 +112,7 @@ def courses(
     folder=None,                # of runs; None = `reports/runs` of the project
 )->pandas.Series:               # seed -> Course, an empty one where there is no record
     "The courses of several runs"
-    found = [read_course(name, folder, changed(Record(name, folder))) for name in runs.run]
+    found = [read_course(name, folder, last_modified(Record(name, folder))) for name in runs.run]
     return pandas.Series(found, runs.seed.values, dtype=object)
 
 # %% ../../nbs/results/courses.ipynb #ed6b7a30
@@ -140,7 +140,7 @@ def level_gaps(
         if not numpy.isfinite(times['bn']+times['wn']).all(): continue
         what = f'epochs to {level} %' + (', running' if curve == 'running' else '')
         gap = welch(times['bn'], times['wn'])
-        rows += [number(what, norm, mean_interval(t), 'epochs') for norm, t in times.items()] + [number(what, 'bn - wn', gap, 'epochs')]
+        rows += [number_row(what, norm, mean_interval(t), 'epochs') for norm, t in times.items()] + [number_row(what, 'bn - wn', gap, 'epochs')]
         if curve == 'evals': gaps.append((level, gap))
     return gaps, rows
 
@@ -152,11 +152,11 @@ def level_gaps(
             'with fewer than three seeds of each. All levels must agree, so the largest of their p enters the family.')
 def decide_c3(key, runs, folder=None):
     found = best_comparison(runs, ('bn', 'wn'))
-    if not found: return not_tested(key, missing(('bn', 'wn'), runs))
+    if not found: return not_tested(key, missing_schemes(('bn', 'wn'), runs))
     gaps, rows = level_gaps(found, folder)
-    if not gaps: return not_tested(key, f'{place(found.setting)}: no level of {LEVELS} % training accuracy is on record as reached by every finished run of bn and wn')
+    if not gaps: return not_tested(key, f'{setting_text(found.setting)}: no level of {LEVELS} % training accuracy is on record as reached by every finished run of bn and wn')
     rulings = {ruling(gap) for _, gap in gaps}
-    why = 'bn - wn, '+'; '.join(f'to {level} %: {interval(gap, "epochs")}' for level, gap in gaps)
+    why = 'bn - wn, '+'; '.join(f'to {level} %: {format_interval(gap, "epochs")}' for level, gap in gaps)
     return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', why=why, numbers=table_of(rows), p=float(numpy.max([gap.p for _, gap in gaps])), **found.facts())
 
 # %% ../../nbs/results/courses.ipynb #c9086aa1
@@ -220,10 +220,10 @@ def probed(
 )->tuple:                       # a 'not tested' verdict or None; comparison, with bn where it was run; scheme -> its courses
     "The comparison that has probes of wn"
     found = best_comparison(runs, ('wn', 'bn')) or best_comparison(runs, ('wn',))
-    if not found: return not_tested(key, missing(('wn',), runs)), None, None
+    if not found: return not_tested(key, missing_schemes(('wn',), runs)), None, None
     mine = {norm: courses(arm.done, folder) for norm, arm in found.arms.items()}
     seen = {norm: own[own.map(take).notna().astype(bool)] for norm, own in mine.items()}
-    empty = None if len(seen['wn']) else not_tested(key, f'{place(found.setting)}: no finished run of wn has a record with the probes that this needs')
+    empty = None if len(seen['wn']) else not_tested(key, f'{setting_text(found.setting)}: no finished run of wn has a record with the probes that this needs')
     return empty, found, seen
 
 # %% ../../nbs/results/courses.ipynb #f3c61290
@@ -240,12 +240,12 @@ def decide_c7(key, runs, folder=None):
     rows, ends = [], {}
     for what, take in (('rise', rise), ('early slope', early), ('slope before training', untrained), ('slope at the end', at_end), ('first block, end over before training', first_block_ratio)):
         values = {norm: mean_interval(own.map(take).astype(float).dropna()) for norm, own in seen.items()}
-        rows += [number(what, norm, e, 'times' if 'block' in what else 'decades per block') for norm, e in values.items() if e.n]
+        rows += [number_row(what, norm, e, 'times' if 'block' in what else 'decades per block') for norm, e in values.items() if e.n]
         ends[what] = values['wn']
     first = ends['first block, end over before training']
-    beside = f"; RMS of the first block, end over before training: {interval(first, 'times')}" if first.n else ''
-    why = (f"trend of wn: rise {interval(ends['rise'], 'decades per block')}, from the early slope to {interval(ends['slope at the end'], 'decades per block')}{beside}; premise {premise(ends['slope before training'], ends['early slope'])}: before training "
-           f"{interval(ends['slope before training'], 'decades per block')}, early {interval(ends['early slope'], 'decades per block')}")
+    beside = f"; RMS of the first block, end over before training: {format_interval(first, 'times')}" if first.n else ''
+    why = (f"trend of wn: rise {format_interval(ends['rise'], 'decades per block')}, from the early slope to {format_interval(ends['slope at the end'], 'decades per block')}{beside}; premise {premise(ends['slope before training'], ends['early slope'])}: before training "
+           f"{format_interval(ends['slope before training'], 'decades per block')}, early {format_interval(ends['early slope'], 'decades per block')}")
     rose = ruling(ends['rise'])
     return Verdict(key, rose, why=why, numbers=table_of(rows), note=trend_note(rose, first), **found.facts())
 
@@ -267,8 +267,8 @@ def decide_c8(key, runs, folder=None):
     empty, found, seen = probed(key, runs, folder, lambda course: 1. if len(course.coherence) == 2 and set(course.coherence[0]) & set(course.coherence[1]) else math.nan)
     if empty: return empty
     places = place_estimates(seen['wn'])
-    rows = [number(f'rank correlation, {place}{more}', 'wn', e, '') for place, pair in places.items() for more, e in zip(('', ', change in training'), pair, strict=True)]
-    why = 'rank correlation of coherence and gain in wn: '+'; '.join(f"{place} {interval(last, 'of at most 1')}, {change.value:+.2f} in training" for place, (last, change) in places.items())
+    rows = [number_row(f'rank correlation, {place}{more}', 'wn', e, '') for place, pair in places.items() for more, e in zip(('', ', change in training'), pair, strict=True)]
+    why = 'rank correlation of coherence and gain in wn: '+'; '.join(f"{place} {format_interval(last, 'of at most 1')}, {change.value:+.2f} in training" for place, (last, change) in places.items())
     rulings, facts = {ruling(last) for last, _ in places.values()}, found.facts()
     if len({last.value > 0 for last, _ in places.values()}) > 1:
         return Verdict(key, 'not testable here', why=f'places in a block disagree in sign; {why}', numbers=table_of(rows), note='not informative', **facts)

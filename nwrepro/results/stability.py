@@ -10,13 +10,13 @@ __all__ = ['full_lr_steps', 'is_ladder', 'limits_of', 'limits', 'limit_gap', 'fa
 import math
 from dataclasses import replace
 import numpy, pandas
-from .accuracy import FAMILY
+from .accuracy import WN_FAMILY
 from .arms import ARM, complete, ended_first, grouped
 from ..training.runs import RESULTS
-from .statistics import LEAST, Estimate, mean_interval, threshold_gap
+from .statistics import MIN_RUNS, Estimate, mean_interval, threshold_gap
 from ..methods.schemes import SCHEMES
 from ..experiments.grid import HELD, PROBE_STEPS, top_rung
-from .verdicts import Verdict, best_comparison, claim, kind_of, not_tested, number, place, ruling, table_of
+from .verdicts import Verdict, best_comparison, claim, kind_of, not_tested, number_row, setting_text, ruling, table_of
 
 # %% ../../nbs/results/stability.ipynb #718ba7ab
 def full_lr_steps(
@@ -70,7 +70,7 @@ def factor_words(
     e:Estimate,     # as `limit_gap` makes it, of bn's limit minus another
 )->str:
     "A difference in ln lr as text"
-    if e.n < LEAST: return f'a ladder from n = {e.n} decides nothing (three seeds would)'
+    if e.n < MIN_RUNS: return f'a ladder from n = {e.n} decides nothing (three seeds would)'
     low, high = (f'{word} {math.exp(end):.3g}' if math.isfinite(end) else '' for word, end in (('at least', e.low), ('at most', e.high)))
     known = ' and '.join(end for end in (low, high) if end)
     return f'the lr at which bn learns is {known} times as high' if known else 'the ladders are open, which says nothing'
@@ -84,7 +84,7 @@ def limit_rows(
     norm, init, zero = arm
     def row(what, values):
         with numpy.errstate(divide='ignore', invalid='ignore'): e = mean_interval(numpy.log(values.astype(float)))
-        return number(f"{what}{words}", f"{norm} ({init}{', zero-init' if zero else ''})", Estimate(e.n, *map(numpy.exp, e[1:4])), 'lr')
+        return number_row(f"{what}{words}", f"{norm} ({init}{', zero-init' if zero else ''})", Estimate(e.n, *map(numpy.exp, e[1:4])), 'lr')
     return [row('largest lr that learns', own.below), row('next higher rung', own.above), row('largest lr that does not diverge', own.no_divergence)]
 
 # %% ../../nbs/results/stability.ipynb #706185d1
@@ -113,7 +113,7 @@ def judged_arms(
     return {norm: arm for norm, arm in arms.items() if arm in found}
 
 # %% ../../nbs/results/stability.ipynb #2b7fafb4
-@claim('C6', 'Stability', tag='paper', figure='stability',
+@claim('C6', 'Stability', tag='paper', figure='lr_limits',
        sentence='G&G state that training deep networks with WN algorithms is significantly less stable than with batch normalization.',
        observable='The largest lr at which a run of 200 steps at full lr, after any warm-up, learns (mean of its last 50 training losses, with batch statistics, below .95 ln K), per arm and seed, by a ladder from 16 down in factors of 2 '
                   'until two rungs in a row learn; the ratio of bn to wn by interval-censored log-normal thresholds. The largest lr without divergence is shown beside it.',
@@ -125,14 +125,14 @@ def decide_c6(key, runs, folder=None):
     short = short_probes(runs)
     if not found: return replace(not_tested(key, 'no setting has a ladder of the arms of bn and wn that are compared; `papermill nbs/sweep.ipynb reports/ladder.ipynb -p grid survival -y '
                                          f"'{{norm: [bn, wn], seed: [0, 1, 2, 3, 4]}}'` makes one{stuck_words(short)}"), runs=list(short.run))
-    def rank(candidate): return min(len(candidate[2][arm]) for arm in candidate[3].values()) >= LEAST, kind_of(candidate[0]) == 'claim', len(candidate[1]), not candidate[0]['grad_clip']
+    def rank(candidate): return min(len(candidate[2][arm]) for arm in candidate[3].values()) >= MIN_RUNS, kind_of(candidate[0]) == 'claim', len(candidate[1]), not candidate[0]['grad_clip']
     setting, group, own, arms = max(found, key=rank)
     gap, best = limit_gap(own[arms['bn']], own[arms['wn']]), best_comparison(runs, ('bn', 'wn'))
     rows = [row for arm, ladder in own.items() for row in limit_rows(arm, ladder)]
-    rows += [number('ratio of the largest lr that learn', f'{norm_a} / {arm[0]} ({arm[1]})', Estimate(e.n, *map(numpy.exp, e[1:4])), 'times')
-             for norm_a in ['bn'] for arm in own if arm[0] in FAMILY for e in [limit_gap(own[arms['bn']], own[arm])]]
+    rows += [number_row('ratio of the largest lr that learn', f'{norm_a} / {arm[0]} ({arm[1]})', Estimate(e.n, *map(numpy.exp, e[1:4])), 'times')
+             for norm_a in ['bn'] for arm in own if arm[0] in WN_FAMILY for e in [limit_gap(own[arms['bn']], own[arm])]]
     tried = group[group[list(ARM)].apply(tuple, axis=1).isin(arms.values()) & group.status.isin(RESULTS)]
     why = (f"bn ({arms['bn'][1]}) and wn ({arms['wn'][1]}): {factor_words(gap)}; of {len(tried)} probes {(tried.verdict == 'learning').sum()} learned, {(tried.status == 'diverged').sum()} diverged, "
            f"{sum(own[arm].exceptions.sum() for arm in arms.values())} broke the order of their ladder")
     doubt = best.facts()['exploratory'] if best else 'no final runs say which arms to compare'
-    return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), list(group.run), place(setting), doubt, p=float(gap.p))
+    return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), list(group.run), setting_text(setting), doubt, p=float(gap.p))

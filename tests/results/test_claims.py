@@ -8,7 +8,7 @@ from hypothesis import given, strategies as st
 import nwrepro.results.courses
 from nwrepro.results.accuracy import lr_noise, recovery_ruling
 from nwrepro.results.arms import ARM, FREE, SETTING, Arm, Budget, arms_of, budget, by_setting, candidates, comparable, complete, exploratory, grouped, matching, primary, representative
-from nwrepro.results.claims import CLAIMS, TOGETHER, adjusted, judge
+from nwrepro.results.claims import CLAIMS, HOLM_FAMILY, adjusted, judge
 from nwrepro.results.costs import cost_records
 from nwrepro.results.courses import Course, early, epochs_to, first_block_ratio, gains, growth, premise, rise, running_accuracy, trend_note
 from nwrepro.training.probes import layers
@@ -200,7 +200,7 @@ def test_the_setting_that_can_decide_goes_before_the_claim_itself():
 def made_up(key, p, verdict='supported', **more): return Verdict(key, verdict, 'analogue', 'made up', table_of([]), [], p=p, **more)
 
 def test_seven_claims_are_one_family():
-    assert TOGETHER == ('C1', 'C2', 'C3', 'C4', 'C5', 'C6', 'C9')
+    assert HOLM_FAMILY == ('C1', 'C2', 'C3', 'C4', 'C5', 'C6', 'C9')
     alone = [made_up(key, p) for key, p in zip(CLAIMS, (0.006, 0.009, 0.011, 0.02, 0.3, 0.4, 0.04, 0.04, 0.6, 0.04, 0.04), strict=True)]
     after = {v.key: v.verdict for v in adjusted(alone)}
     assert [key for key, verdict in after.items() if verdict == 'supported'] == ['C1', 'C7', 'C8', 'C10', 'C11']  # 7 x .006 < .05 < 6 x .009; those outside stay
@@ -208,13 +208,13 @@ def test_seven_claims_are_one_family():
 
 
 def test_untested_members_of_the_family_count():
-    assert adjusted([made_up('C1', 0.009), *(made_up(key, NAN, 'not tested') for key in TOGETHER[1:])])[0].verdict == 'undecided'
-    assert adjusted([made_up('C1', 0.007), *(made_up(key, NAN, 'not tested') for key in TOGETHER[1:])])[0].verdict == 'supported'
+    assert adjusted([made_up('C1', 0.009), *(made_up(key, NAN, 'not tested') for key in HOLM_FAMILY[1:])])[0].verdict == 'undecided'
+    assert adjusted([made_up('C1', 0.007), *(made_up(key, NAN, 'not tested') for key in HOLM_FAMILY[1:])])[0].verdict == 'supported'
 
 
 def test_equivalence_has_holms_p_of_its_own():
-    near = [made_up(key, 0.9, 'equivalent', equal_p=p) for key, p in zip(TOGETHER, (0.001, 0.008, 0.009, 0.3, 0.3, 0.3, 0.3), strict=True)]
-    assert [v.verdict for v in adjusted(near)][:3] == ['equivalent', 'equivalent', 'equivalent'] and adjusted([near[2], *(made_up(k, NAN, 'not tested') for k in TOGETHER[1:])])[0].verdict == 'undecided'
+    near = [made_up(key, 0.9, 'equivalent', equal_p=p) for key, p in zip(HOLM_FAMILY, (0.001, 0.008, 0.009, 0.3, 0.3, 0.3, 0.3), strict=True)]
+    assert [v.verdict for v in adjusted(near)][:3] == ['equivalent', 'equivalent', 'equivalent'] and adjusted([near[2], *(made_up(k, NAN, 'not tested') for k in HOLM_FAMILY[1:])])[0].verdict == 'undecided'
 
 
 def test_a_claim_that_holm_leaves_undecided_was_supported_alone():
@@ -601,7 +601,7 @@ def test_cost_without_records_says_what_is_missing(tmp_path):
 # all claims, odd tables
 
 def test_claims_are_complete_and_in_order():
-    import nwrepro.results.figures
+    from nwrepro.results.claim_figures import FIGURES
     assert list(CLAIMS) == [f'C{i}' for i in range(1, 12)] and [v.key for v in judge(table(BN, WN), 'nowhere')] == list(CLAIMS)
     tags = dict(zip(CLAIMS, 'paper paper seed paper paper paper secondary secondary secondary paper paper'.split(), strict=True))
     for key, claim in CLAIMS.items():
@@ -609,7 +609,7 @@ def test_claims_are_complete_and_in_order():
         assert ('G&G state' in claim.sentence or 'G&G attribute' in claim.sentence) == (claim.tag == 'paper')
         assert ('second hand' in claim.sentence) == (claim.tag == 'secondary')
         assert 'our choice' in claim.rule.lower()
-        assert claim.function.endswith(f'.decide_{key.lower()}') and nwrepro.results.figures.FIGURES.get(key) == getattr(nwrepro.results.figures, claim.figure, None)
+        assert claim.function.endswith(f'.decide_{key.lower()}') and getattr(FIGURES.get(key), '__name__', '') == claim.figure
 
 
 ODD = dict(nothing=pandas.DataFrame(), names=pandas.DataFrame(columns=['run', 'status']), torn=pandas.DataFrame(dict(run=['a'], status=['started'])),

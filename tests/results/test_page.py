@@ -10,8 +10,11 @@ from conftest import ROOT, run_in
 from nwrepro.results.accuracy import against_bn
 from nwrepro.results.arms import comparable
 from nwrepro.results.claims import CLAIMS, judge
-from nwrepro.results.figures import FIGURES, LOOKS, Shelf, caption, limit_numbers, picture_of, tidy
-from nwrepro.results.page import cell, command, conclusion, draw, write_page
+from nwrepro.results.claim_figures import FIGURES, claim_picture
+from nwrepro.results.figures import SCHEME_STYLES, RunCache, tidy_runs
+from nwrepro.results.lr_figures import limit_numbers
+from nwrepro.results.page import conclusion, draw_figures, format_cell, training_command, write_page
+from nwrepro.results.run_figures import run_caption
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Run, run_name
 
@@ -54,9 +57,9 @@ def many(folder):
 
 def page_of(folder, out):
     "The page of a folder of runs, as report.ipynb makes it"
-    runs, shelf = load_runs(folder), Shelf(folder)
+    runs, cache = load_runs(folder), RunCache(folder)
     verdicts = judge(runs, folder)
-    return write_page(verdicts, draw(verdicts, comparable(runs), shelf), runs, shelf, out)
+    return write_page(verdicts, draw_figures(verdicts, comparable(runs), cache), runs, cache, out)
 
 class Seen(HTMLParser):
     "Links, images, ids and text of a page"
@@ -100,17 +103,17 @@ def made(tmp_path_factory):
     (folder.parent/'cost').mkdir()
     (folder.parent/'cost'/'made.json').write_text(json.dumps(COST))
     runs = load_runs(folder)
-    return folder, page_of(folder, folder.parent/'page'), draw(judge(runs, folder), comparable(runs), Shelf(folder))
+    return folder, page_of(folder, folder.parent/'page'), draw_figures(judge(runs, folder), comparable(runs), RunCache(folder))
 
-def colours(figure): return {line.get_label(): (line.get_color(), line.get_marker()) for ax in figure.axes for line in ax.lines if line.get_label() in LOOKS}
+def colours(figure): return {line.get_label(): (line.get_color(), line.get_marker()) for ax in figure.axes for line in ax.lines if line.get_label() in SCHEME_STYLES}
 
 @pytest.mark.parametrize('key', ['C2', 'C3', 'C6'])
 def test_a_scheme_looks_the_same_in_every_figure(made, key):
     drawn = colours(made[2][key].figure)
-    assert drawn == {norm: LOOKS[norm] for norm in ('bn', 'wn', 'np')}
+    assert drawn == {norm: SCHEME_STYLES[norm] for norm in ('bn', 'wn', 'np')}
 
 def test_looks_differ_in_colour_and_in_marker():
-    assert len({colour for colour, _ in LOOKS.values()}) == len({marker for _, marker in LOOKS.values()}) == len(LOOKS)
+    assert len({colour for colour, _ in SCHEME_STYLES.values()}) == len({marker for _, marker in SCHEME_STYLES.values()}) == len(SCHEME_STYLES)
 
 @pytest.mark.parametrize('key', OF_RUNS)
 def test_a_caption_says_what_a_reader_must_know(made, key):
@@ -137,7 +140,7 @@ def test_means_have_intervals_from_three_runs_on(made, tmp_path):
     three = made[2]['C1'].numbers.query('what == "mean" and scheme == "wn"').iloc[0]
     assert (three['n'], three['value']) == (3, 61.) and three['high']-three['low'] == pytest.approx(2*4.30265/3**0.5, rel=1e-4)
     make(tmp_path/'runs')
-    one = picture_of('C1', load_runs(tmp_path/'runs'), Shelf(tmp_path/'runs'))
+    one = claim_picture('C1', load_runs(tmp_path/'runs'), RunCache(tmp_path/'runs'))
     assert one.numbers['low'].isna().all()
     assert 'wn\nn = 1' in [t.get_text() for t in one.figure.axes[0].get_xticklabels()]
 
@@ -147,12 +150,12 @@ def test_open_marks_are_the_paper_s_and_say_how_they_are_known(made):
     assert marks == [73., 67.] and '[seed]' in picture.caption
 
 def test_figures_of_real_runs():
-    runs, shelf = load_runs(FIRST_LOOK), Shelf(FIRST_LOOK)
-    pictures = draw(judge(runs, FIRST_LOOK), comparable(runs), shelf)
-    assert set(pictures) - {'C10', 'C11'} == {'C1', 'C2', 'C3', 'C4', 'C7', 'C8'} and shelf.damaged == {}
+    runs, cache = load_runs(FIRST_LOOK), RunCache(FIRST_LOOK)
+    pictures = draw_figures(judge(runs, FIRST_LOOK), comparable(runs), cache)
+    assert set(pictures) - {'C10', 'C11'} == {'C1', 'C2', 'C3', 'C4', 'C7', 'C8'} and cache.damaged == {}
     assert all('n = 1 finished of 1 started' in p.caption and '64 px' in p.caption and 'period recipe' in p.caption for k, p in pictures.items() if k in OF_RUNS)
 
-def test_a_caption_of_one_run_still_stands(): assert 'n = 1' in caption(config())
+def test_a_caption_of_one_run_still_stands(): assert 'n = 1' in run_caption(config())
 
 # the page
 
@@ -203,7 +206,7 @@ def test_a_page_shows_what_other_starts_came_to(tmp_path):
     assert not (tmp_path/'page/figures/starts.png').exists()
 
 def test_the_command_of_a_run_gives_its_numbers_in_full():
-    words = command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1., dropout=None)))
+    words = training_command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1., dropout=None)))
     assert words == 'papermill nbs/train.ipynb reports/x.ipynb -p norm wn -p lr 0.12345678 -p epochs 60 -p warmup_epochs 1 -p dropout none -p data digits -p seed 3'
 
 def test_the_commands_of_cost_make_the_records_that_are_shown(made):
@@ -212,7 +215,7 @@ def test_the_commands_of_cost_make_the_records_that_are_shown(made):
 
 def test_a_figure_of_stability_tells_learning_from_not_diverging():
     rows = [(0, 1., 'learning'), (0, 10., 'stuck'), (0, 100., None), (1, 1., 'stuck'), (2, 1., 'learning')]
-    runs = tidy(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr, status='finished' if verdict else 'diverged', verdict=verdict or 'diverged') for seed, lr, verdict in rows]))
+    runs = tidy_runs(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr, status='finished' if verdict else 'diverged', verdict=verdict or 'diverged') for seed, lr, verdict in rows]))
     numbers = limit_numbers(runs)
     shares = numbers.query("what == 'share'").set_index('lr')
     assert shares['share'].to_dict() == {1.: pytest.approx(2/3), 10.: 0., 100.: 0.} and shares['n'].to_dict() == {1.: 3, 10.: 1, 100.: 1}
@@ -222,7 +225,7 @@ def test_a_figure_of_stability_tells_learning_from_not_diverging():
 def test_a_page_shows_how_rates_were_chosen_and_what_made_it_exploratory(made):
     words, _ = check(made[1])
     assert 'how learning rates were chosen' in words and 'bn (torch, lr 0.1): no hold-out record of this lr' in words and 'Exploratory: lr chosen without hold-out records; 3 final seeds of 5' in words
-    assert 'Function: nwrepro.results.accuracy.decide_c1; figure: nwrepro.results.figures.final_accuracy.' in words and 'set after the first study and before the second; those on cost (C10, C11) were set after' in words
+    assert 'Function: nwrepro.results.accuracy.decide_c1; figure: nwrepro.results.accuracy_figures.final_accuracy.' in words and 'set after the first study and before the second; those on cost (C10, C11) were set after' in words
 
 def test_a_figure_of_probes_shows_a_run_that_has_them(tmp_path):
     for seed in (0, 1): make(tmp_path/'runs', seed=seed)
@@ -230,11 +233,11 @@ def test_a_figure_of_probes_shows_a_run_that_has_them(tmp_path):
     kept = [line for line in (first/'metrics.jsonl').read_text().splitlines() if json.loads(line)['event'] != 'probe']
     (first/'metrics.jsonl').write_text('\n'.join(kept)+'\n')
     for key in ('C7', 'C8'):
-        picture = picture_of(key, load_runs(tmp_path/'runs'), Shelf(tmp_path/'runs'))
+        picture = claim_picture(key, load_runs(tmp_path/'runs'), RunCache(tmp_path/'runs'))
         assert len(picture.numbers) and 'n = 1 finished of 1 started, seed 1' in picture.caption
 
 def test_numbers_are_written_as_a_reader_would():
-    assert [cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000', '48', '0.0125', '0.6667', '', '', 'True', 'wn']
+    assert [format_cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000', '48', '0.0125', '0.6667', '', '', 'True', 'wn']
 
 def test_an_answer_that_decides_nothing_says_how_much_was_measured():
     measured, missing = (dataclasses.replace(judge(pandas.DataFrame(), 'nowhere')[0], verdict=verdict) for verdict in ('undecided', 'not tested'))

@@ -4,7 +4,7 @@ import math, statistics
 import numpy, pandas, pytest, scipy.stats
 from hypothesis import given, strategies as st
 
-from nwrepro.results.predictions import answers, crossed_gap, mcnemar, wilson
+from nwrepro.results.predictions import correct_predictions, crossed_gap, mcnemar, wilson
 from nwrepro.training.runs import Run
 from nwrepro.results.statistics import contrast, equivalence, fieller, format_mean, holm, mean_interval, paired, smallest_margin, threshold_gap, welch
 
@@ -191,7 +191,7 @@ def test_answers_are_those_of_the_run(tmp_path):
     run = Run('one', tmp_path)
     run.begin(dict(source=dict(fingerprint='f00')), {})
     run.predictions([('a', 1, 1), (1, 2, 0)])
-    assert answers('one', tmp_path).to_dict() == {'f00 a': True, 'f00 1': False}
+    assert correct_predictions('one', tmp_path).to_dict() == {'f00 a': True, 'f00 1': False}
 
 
 def test_places_in_two_sources_are_not_the_same_image(tmp_path):
@@ -199,7 +199,7 @@ def test_places_in_two_sources_are_not_the_same_image(tmp_path):
         run = Run(name, tmp_path)
         run.begin(dict(source=dict(fingerprint=name)), {})
         run.predictions([(0, 1, 1), (1, 2, 0)])
-    with pytest.raises(ValueError, match='4 images were shown to one'): mcnemar(answers('one', tmp_path), answers('two', tmp_path))
+    with pytest.raises(ValueError, match='4 images were shown to one'): mcnemar(correct_predictions('one', tmp_path), correct_predictions('two', tmp_path))
 
 
 def test_other_images_widen_a_gap_and_different_ones_are_refused():
