@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ANALOGUE', 'EXTRA_FIGURES', 'LOCAL_PARAMETERS', 'CONFIGURATION_COLUMNS', 'RESULT_COLUMNS', 'SETTING_COLUMNS',
-           'RUN_FILES', 'RUN_COLUMNS', 'CSS', 'SCRIPT', 'PAGE', 'CLAIM', 'FIGURE', 'GRID', 'wording',
-           'claims_by_verdict', 'with_period', 'evidence', 'conclusion', 'answer', 'figure_runs', 'draw_figures',
-           'training_command', 'cost_commands', 'figure_commands', 'format_cell', 'table_part', 'settings_part',
-           'run_links', 'run_table', 'missing_notes', 'datatables', 'render_page', 'figure_part', 'claim_part',
-           'write_page']
+           'RUN_FILES', 'RUN_COLUMNS', 'wording', 'claims_by_verdict', 'with_period', 'evidence', 'conclusion',
+           'answer', 'figure_runs', 'draw_figures', 'training_command', 'cost_commands', 'figure_commands',
+           'format_cell', 'table_part', 'settings_part', 'run_links', 'run_table', 'missing_notes', 'datatables',
+           'code_in_backticks', 'render_page', 'figure_part', 'claim_part', 'write_page']
 
 # %% ../../nbs/results/page.ipynb #e15a1773
 import base64, os, re, shlex
@@ -131,7 +130,8 @@ def cost_commands(
 )->str:         # one command a line
     "How to make records of cost again, with nothing else running"
     kinds = picture.numbers[['arch', 'image_size', 'batch_size', 'precision']].drop_duplicates().to_dict('records') if picture else [{}]
-    return '\n'.join(' '.join(['papermill nbs/cost.ipynb reports/cost.ipynb', *(f'-p {name} {value}' for name, value in kind.items())]) for kind in kinds)
+    return '\n'.join(' '.join(['papermill nbs/cost.ipynb reports/cost.ipynb', *(f'-p {name} {shlex.quote(str(value))}' for name, value in kind.items())])
+                     for kind in kinds)
 
 def figure_commands(
     runs:pandas.DataFrame,  # of one figure
@@ -218,125 +218,30 @@ def missing_notes(
     if not len(runs): notes.append('There are no runs: `papermill nbs/train.ipynb reports/wn.ipynb -p norm wn` makes one on handwritten digits in a few minutes.')
     return notes
 
-# %% ../../nbs/results/page.ipynb #9ed93441
-CSS = '''
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --soft: #f3f3f0; --line: #c9c9c4; --link: #0b57a4; --good: #0a5c3b; --bad: #9b1c1c; --open: #5c4a00 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8e4; --paper: #16181b; --soft: #22262a; --line: #4a4f55; --link: #8cc1ff; --good: #7ddcae; --bad: #ff9d95; --open: #ecd37a } }
-html { font: 16px/1.5 system-ui, sans-serif; background: var(--paper); color: var(--ink) }
-body { max-width: 66rem; margin: 0 auto; padding: 1rem; overflow-wrap: break-word }
-p, ol, figcaption, summary { max-width: 75ch }
-h1 { line-height: 1.2 } h2 { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: 1rem }
-a { color: var(--link) } :focus-visible { outline: 3px solid var(--link); outline-offset: 2px }
-nav a { display: inline-block; padding: .3rem .6rem .3rem 0 }
-#answer { background: var(--soft); border-left: 4px solid var(--link); padding: .5rem 1rem }
-#answer ol { padding-left: 1.2rem } #answer li { margin: .4rem 0 }
-.verdict { font-weight: 600; color: var(--open) } .supported { color: var(--good) } .contradicted { color: var(--bad) }
-.scroll { overflow-x: auto; margin: .5rem 0 } table { border-collapse: collapse; font-size: .875rem }
-th, td { padding: .3rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-.claims td:nth-child(3) { min-width: 17rem } th, .links { white-space: nowrap } td:first-child { min-width: 7rem }
-figure { margin: 1rem 0 } figcaption { font-size: .9rem; margin-top: .5rem }
-figure img { width: 100%; background: #fff; display: block } .enlarge { all: unset; display: block; cursor: zoom-in; max-width: 60rem }
-.enlarge:focus-visible { outline: 3px solid var(--link) } dialog { width: 96vw; max-width: 96vw; box-sizing: border-box; padding: .5rem } dialog img { width: 100%; background: #fff }
-pre { overflow-x: auto; background: var(--soft); padding: .7rem; font-size: .85rem } details { margin: .6rem 0 } summary { cursor: pointer }
-.dt-container .dt-search input, .dt-container select { color: var(--ink); background: var(--paper); border: 1px solid var(--line); padding: .3rem } .dt-container .dt-paging .dt-paging-button { color: var(--ink) !important }
-'''
-
 # %% ../../nbs/results/page.ipynb #55cd6031
-SCRIPT = '''
-const { default: DataTable } = await import('data:text/javascript;base64,' + document.getElementById('datatables').textContent.trim());
-const dark = matchMedia('(prefers-color-scheme: dark)');
-const shade = () => document.documentElement.classList.toggle('dark', dark.matches);
-shade(); dark.addEventListener('change', shade);
-const enhance = scroll => {
-  if (scroll.dataset.done) return;
-  scroll.dataset.done = true;
-  const table = scroll.querySelector('table'), rows = table.tBodies[0].rows.length;
-  new DataTable(table, { paging: rows > 25, searching: rows > 10, info: rows > 25, pageLength: 25, order: [], autoWidth: false, language: { search: 'Filter:' } });
-  const container = table.closest('.dt-container');
-  scroll.before(container); table.replaceWith(scroll); scroll.append(table);
-};
-document.querySelectorAll('.scroll').forEach(s => {
-  const fold = s.closest('details');
-  if (fold && !fold.open) fold.addEventListener('toggle', () => enhance(s), { once: true }); else enhance(s);
-});
-const dialog = document.querySelector('dialog');
-document.querySelectorAll('.enlarge').forEach(b => b.addEventListener('click', () => {
-  dialog.querySelector('img')?.remove(); dialog.append(b.querySelector('img').cloneNode()); dialog.showModal();
-}));
-document.documentElement.dataset.ready = 'true';
-'''
-
 def datatables(
 )->dict[str,str]:  # `css` as text, `js` in base64
     "DataTables as `itables` ships it"
-    files = {kind: metadata.distribution('itables').locate_file(f'itables/html/dt_bundle.{kind}').read_bytes() for kind in ('css', 'js')}
-    return dict(css=files['css'].decode(), js=base64.b64encode(files['js']).decode())
-
-# %% ../../nbs/results/page.ipynb #e837dd8a
-PAGE = '''<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Batch or weight normalization: the runs of nwrepro</title><link rel="icon" href="data:,">
-<style>{{ datatables.css }}{{ css }}</style></head><body>
-<header><h1>Batch or weight normalization for large-scale image classification?</h1>
-<p>What {{ count }} runs say about the claims of Gitman &amp; Ginsburg (2017), arXiv:1709.08145. Made from the result files in <code>{{ place }}</code>. The rules that decide are a second edition, set after the first study and before the second; those on cost (C10, C11) were set after the records they are applied to.</p></header>
-<main><section id="answer" aria-labelledby="answer-title"><h2 id="answer-title" style="margin-top:0;border:0">The answer</h2>
-<ol>{% for sentence in answer %}<li>{{ sentence|code }}</li>{% endfor %}</ol></section>
-{% if notes %}<details id="missing"{% if notes|length < 6 %} open{% endif %}><summary>What is missing ({{ notes|length }})</summary><ul>{% for note in notes %}<li>{{ note|code }}</li>{% endfor %}</ul></details>{% endif %}
-<nav aria-label="Sections"><a href="#claims">Claims</a> {% for c in claims %}<a href="#{{ c.key }}">{{ c.key }}</a> {% endfor %}{% for c in extras %}<a href="#{{ c.key }}">{{ c.title }}</a> {% endfor %}{% if beside.rows %}<a href="#beside">Beside bn</a> {% endif %}<a href="#settings">By setting</a> <a href="#runs">All runs</a> <a href="#again">Make it again</a></nav>
-<h2 id="claims">The claims and their verdicts</h2>
-<p><b>Analogue</b>: judged on other data, another network or a shorter recipe than the paper's, so it says which way things go and no more. One run per scheme (n = 1) decides nothing. <b>Exploratory</b>: how arms were chosen and repeated departs from the rules, so the verdict shows where to look. <b>Not testable here</b>: the setting leaves the claim nothing to decide.</p>
-<div class="scroll claims" tabindex="0" role="region" aria-label="Claims and verdicts"><table><thead><tr><th>claim</th><th>verdict</th><th>why</th><th>how learning rates were chosen</th><th>known from</th></tr></thead><tbody>
-{% for c in claims %}<tr><td><a href="#{{ c.key }}">{{ c.key }}</a> {{ c.title }}</td><td><span class="verdict {{ c.verdict }}">{{ c.wording }}</span></td><td>{{ c.why|code }}</td><td>{{ c.budgets|join('; ') }}</td><td>{{ c.tag }}</td></tr>{% endfor %}</tbody></table></div>
-{% if places %}<p>Where the runs of a verdict stand:</p><ul>{% for where, keys in places.items() %}<li>{{ keys|join(', ') }}: {{ where|code }}</li>{% endfor %}</ul>{% endif %}
-{% for c in claims %}{% include 'claim' %}{% endfor %}
-{% for c in extras %}<section aria-labelledby="{{ c.key }}"><h2 id="{{ c.key }}">{{ c.title }}</h2>{% include 'figure' %}</section>{% endfor %}
-{% if beside.rows %}<h2 id="beside">Every scheme beside bn</h2>
-<p>Test accuracy of <code>bn</code> minus that of the scheme, in points, with the 95 % interval by Welch over seeds; n finished runs of each. No claim of the paper, and not adjusted for how many schemes are asked about.</p>{{ grid(beside) }}{% endif %}
-<h2 id="settings">Results by setting</h2>
-{% if settings.rows %}<p>A row per scheme and setting: runs started, finished and diverged; means and 95 % intervals (from n = 3) of test and training accuracy, percent; with holdout, the images tested on are training images that were held out.{% if settings.shared %} In all rows: {{ settings.shared }}.{% endif %}</p>{{ grid(settings) }}{% else %}<p>No runs, so no settings.</p>{% endif %}
-<h2 id="runs">All runs</h2>
-{% if runs.rows %}<p>Each row links what the run left: its executed notebook, if a sweep ran it, its config, metrics and summary.</p>{{ grid(runs) }}{% else %}<p>No runs in <code>{{ place }}</code>. Make one, on handwritten digits and in a few minutes, and this page again:</p><pre tabindex="0">papermill nbs/train.ipynb reports/wn.ipynb -p norm wn
-{{ again }}</pre>{% endif %}
-<h2 id="again">How to make it again</h2><p>The page: <code>{{ again }}</code>. The figures, each from its runs:</p>
-{% for c in claims if c.figure %}<h3 id="again-{{ c.key }}">Figure of {{ c.key }}, {{ c.title }}</h3><pre tabindex="0">{{ c.commands }}</pre>{% else %}<p>There is no figure yet.</p>{% endfor %}
-{% for c in extras %}<h3 id="again-{{ c.key }}">{{ c.title }}</h3><pre tabindex="0">{{ c.commands }}</pre>{% endfor %}
-</main><dialog aria-label="Enlarged figure"><form method="dialog"><button autofocus>Close</button></form></dialog>
-<script type="text/plain" id="datatables">{{ datatables.js }}</script><script type="module">{{ script }}</script></body></html>
-'''
-
-# %% ../../nbs/results/page.ipynb #e837dd8c
-CLAIM = '''<section aria-labelledby="{{ c.key }}"><h2 id="{{ c.key }}">{{ c.key }}: {{ c.title }}</h2>
-<p>{{ c.sentence|code }} <small>[{{ c.tag }}]</small></p>
-<p><span class="verdict {{ c.verdict }}">{{ c.wording }}</span>: {{ c.why|code }}</p>
-{% if c.exploratory %}<p><small>Exploratory: {{ c.exploratory|code }}.</small></p>{% endif %}
-{% if c.where %}<p><small>{{ c.where|code }}</small></p>{% endif %}
-{% if c.budgets %}<ul>{% for words in c.budgets %}<li>{{ words|code }}</li>{% endfor %}</ul>{% endif %}
-{% if c.decided.rows|length > 12 %}<details><summary>The numbers that decide</summary>{{ grid(c.decided) }}</details>{% elif c.decided.rows %}{{ grid(c.decided) }}{% endif %}
-<details><summary>How it is decided</summary><p>Measured: {{ c.observable|code }}</p><p>{{ c.rule|code }}</p><p>Function: <code>{{ c.function }}</code>{% if c.drawn_by %}; figure: <code>{{ c.drawn_by }}</code>{% endif %}.</p></details>
-{% if c.figure %}{% include 'figure' %}
-{% else %}<p>No figure: nothing was run that it could show.</p>{% endif %}</section>
-'''
-
-FIGURE = '''<figure><button class="enlarge" aria-label="Enlarge the figure of {{ c.key }}"><img src="{{ c.figure }}" alt="{{ c.title }}: {{ c.alt }}"></button>
-<figcaption>{{ c.caption|code }} <a href="{{ c.svg }}">SVG</a>, <a href="{{ c.png }}">PNG</a>, <a href="#again-{{ c.key }}">how to make it again</a>.</figcaption></figure>
-<details><summary>The numbers of this figure</summary>{{ grid(c.numbers) }}</details>'''
-
-GRID = '''<div class="scroll" tabindex="0" role="region" aria-label="{{ t.label }}"><table><thead><tr>{% for name in t.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in t.rows %}<tr>{% for cell in row %}<td{% if cell|length > 1 %} class="links"{% endif %}>{% for text, link in cell %}{% if link %}<a href="{{ link }}">{{ text }}</a> {% else %}{{ text }}{% endif %}{% endfor %}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>'''
+    bundle = metadata.distribution('itables').locate_file('itables/html/dt_bundle')
+    css, js = (Path(f'{bundle}.{kind}').read_bytes() for kind in ('css', 'js'))
+    return dict(css=css.decode(), js=base64.b64encode(js).decode())
 
 # %% ../../nbs/results/page.ipynb #d13a2f96
+def code_in_backticks(
+    text:str,   # a sentence, whatever is in it
+)->Markup:
+    "Escaped text, with words in backticks as code"
+    return Markup(re.sub('`([^`]+)`', r'<code>\1</code>', str(escape(text))))
+
 def render_page(
     **values,  # what the template asks for
 )->str:
     "The page from its parts"
-    pages = {'page': PAGE, 'claim': CLAIM, 'figure': FIGURE, 'grid': GRID}
-    env = jinja2.Environment(loader=jinja2.DictLoader(pages), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    def grid(t): return Markup(env.get_template('grid').render(t=t))
-    def code(text): return Markup(re.sub('`([^`]+)`', r'<code>\1</code>', str(escape(text))))
-    env.globals['grid'], env.filters['code'] = grid, code
-    trusted = {k: Markup(v) for k, v in dict(css=CSS, script=SCRIPT).items()}
-    return env.get_template('page').render(**values, **trusted, datatables={k: Markup(v) for k, v in datatables().items()})
+    env = jinja2.Environment(loader=jinja2.PackageLoader('nwrepro.results', ''), autoescape=True, undefined=jinja2.StrictUndefined,
+                             trim_blocks=True)
+    env.filters['code'] = code_in_backticks
+    trusted = {kind: Markup(text) for kind, text in datatables().items()}
+    return env.get_template('page.html.jinja').render(**values, datatables=trusted).lstrip()
 
 # %% ../../nbs/results/page.ipynb #81c4e7fa
 def figure_part(

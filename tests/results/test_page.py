@@ -1,7 +1,7 @@
 "The page of a report: on real runs, on nothing, on broken folders, on thousands of folders, and in a real browser"
-import contextlib, dataclasses, json, math, os, re, shutil, subprocess, sys, time
+import contextlib, dataclasses, json, math, os, re, shlex, shutil, subprocess, sys, time
 from html.parser import HTMLParser
-from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import pandas, pytest
@@ -13,7 +13,7 @@ from nwrepro.results.claims import CLAIMS, judge
 from nwrepro.results.claim_figures import FIGURES, claim_picture
 from nwrepro.results.figures import SCHEME_STYLES, RunCache, tidy_runs
 from nwrepro.results.lr_figures import limit_numbers
-from nwrepro.results.page import conclusion, draw_figures, format_cell, training_command, write_page
+from nwrepro.results.page import conclusion, cost_commands, draw_figures, figure_commands, format_cell, training_command, write_page
 from nwrepro.results.run_figures import run_caption
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Run, run_name
@@ -208,6 +208,16 @@ def test_a_page_shows_what_other_starts_came_to(tmp_path):
 def test_the_command_of_a_run_gives_its_numbers_in_full():
     words = training_command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1., dropout=None)))
     assert words == 'papermill nbs/train.ipynb reports/x.ipynb -p norm wn -p lr 0.12345678 -p epochs 60 -p warmup_epochs 1 -p dropout none -p data digits -p seed 3'
+
+def test_commands_to_copy_survive_a_shell():
+    odd = "it's in; my folder/$HOME `ls`.py"
+    words = shlex.split(training_command(dict(run='x', norm=odd, data='digits', seed=0, given=dict(schemes=odd))))
+    assert words[3:] == ['-p', 'norm', odd, '-p', 'schemes', odd, '-p', 'data', 'digits', '-p', 'seed', '0']
+    picture = SimpleNamespace(numbers=pandas.DataFrame([dict(arch=odd, image_size=24, batch_size=32, precision='bf16')]))
+    assert shlex.split(cost_commands(picture))[3:6] == ['-p', 'arch', odd]
+    runs = pandas.DataFrame([dict(run=odd, norm='wn', data='digits', seed=0)])
+    first, last = map(shlex.split, figure_commands(runs, odd).splitlines())
+    assert first[2] == f'reports/{odd}.ipynb' and last[3:] == ['-p', 'runs', odd]
 
 def test_the_commands_of_cost_make_the_records_that_are_shown(made):
     words, _ = check(made[1])
