@@ -18,7 +18,7 @@ from ..methods.fast import FusedNPReLU, FusedTReLU, WNSGD, compiled, trelu_backw
 from ..training.probes import direction, evaluating, grad_length
 
 # %% ../../nbs/cost/roofline.ipynb #a5536fae
-Part = namedtuple('Part', 'layer kind inputs outputs weights channels macs')  # sizes per image: elements, elements, filters' elements, multiplications
+Part = namedtuple('Part', 'layer kind inputs outputs weights channels macs')  # counts per image; `weights`: of all filters
 
 def part_of(
     name:str,           # of a module
@@ -87,7 +87,7 @@ BIAS = dict(cpu=(0, 0, 1, 0), cuda=(1, 1, 1, 0))  # of a convolution: added insi
 WIDTH = dict(fp32=4, bf16=2, fp64=8)              # bytes per element of a map; weights have four, in fp64 eight
 
 # %% ../../nbs/cost/roofline.ipynb #088a28fe
-Work = namedtuple('Work', 'part slot layer read write elements width flops channels')  # bytes read, bytes written, elements of one tensor and bytes of each, flops, channels of the tensor
+Work = namedtuple('Work', 'part slot layer read write elements width flops channels')  # `read`, `write`: bytes; `width`: per element
 
 def passes(
     row:Part,           # a part of the network
@@ -98,7 +98,8 @@ def passes(
 )->list[Work]:          # forward, backward
     "Passes over one tensor"
     parts = zip(('forward', 'backward'), (counts[:2], counts[2:]), strict=True)
-    return [Work(part, slot, row.layer, r*elements*width, w*elements*width, elements, width, 0, row.channels) for part, (r, w) in parts if r+w]
+    return [Work(part, slot, row.layer, r*elements*width, w*elements*width, elements, width, 0, row.channels) for part, (r, w) in parts
+            if r+w]
 
 # %% ../../nbs/cost/roofline.ipynb #8e057a6a
 def conv_work(
@@ -111,9 +112,11 @@ def conv_work(
     s, mine = WIDTH[precision], WIDTH['fp64' if precision == 'fp64' else 'fp32']
     i, o, w = s*batch_size*row.inputs, s*batch_size*row.outputs, s*row.weights
     work = [Work('forward', 'convolution', row.layer, i+w, o, row.outputs*batch_size, s, 2*batch_size*row.macs, row.channels),
-            Work('backward', 'convolution', row.layer, o+i+(0 if first else o+w), w+(0 if first else i), row.outputs*batch_size, s, (2 if first else 4)*batch_size*row.macs, row.channels)]
+            Work('backward', 'convolution', row.layer, o+i+(0 if first else o+w), w+(0 if first else i), row.outputs*batch_size, s,
+                 (2 if first else 4)*batch_size*row.macs, row.channels)]
     if precision != 'bf16': return work
-    return work + [Work('forward', 'casts', row.layer, mine*row.weights, w, row.weights, mine, 0, row.channels), Work('backward', 'casts', row.layer, w, mine*row.weights, row.weights, mine, 0, row.channels)]
+    return work + [Work('forward', 'casts', row.layer, mine*row.weights, w, row.weights, mine, 0, row.channels),
+                   Work('backward', 'casts', row.layer, w, mine*row.weights, row.weights, mine, 0, row.channels)]
 
 # %% ../../nbs/cost/roofline.ipynb #b2ec1178
 def part_work(
@@ -131,13 +134,15 @@ def part_work(
         kind = row.kind.removesuffix('_down')
         fork = [] if kind == 'act' else passes(row, 'fork', does['fork'], batch_size*row.inputs, s)
         return passes(row, does.get('act_slot', kind), does.get(row.kind, does[kind]), n, s) + fork
-    if row.kind == 'pool': return passes(row, 'pool', (1, 0, 0, 1), batch_size*row.inputs, s) + passes(row, 'pool', (0, 1, 1, 0), n, s+8)  # and the places of the maxima, int64
+    if row.kind == 'pool': return passes(row, 'pool', (1, 0, 0, 1), batch_size*row.inputs, s) + passes(row, 'pool', (0, 1, 1, 0), n,
+        s+8)  # and the places of the maxima, int64
     work = conv_work(row, batch_size, precision, first)
     if row.kind != 'linear':
         if 'norm' in does: work += passes(row, 'norm', does['norm'][device], n, s)
         if 'bias' in does: work += passes(row, 'bias', BIAS[device], n, s)
     if 'weights' in does: work += passes(row, 'weights', does['weights'], row.weights, mine)
-    return work + [w._replace(part='optimizer') for w in passes(row, 'filters' if 'filters' in does else 'optimizer', (*does['optimizer'], 0, 0), row.weights, mine)]
+    return work + [w._replace(part='optimizer') for w in passes(row, 'filters' if 'filters' in does else 'optimizer',
+                                                                (*does['optimizer'], 0, 0), row.weights, mine)]
 
 # %% ../../nbs/cost/roofline.ipynb #6a5a90d2
 def step_work(
@@ -150,7 +155,8 @@ def step_work(
     "All that one training step moves and multiplies"
     if norm not in PASSES: raise ValueError(f"norm {norm!r} has no row in PASSES: add one, as for {', '.join(PASSES)}")
     rows = [Part(*row) for row in parts.itertuples(index=False)]
-    return pandas.DataFrame([work for k, row in enumerate(rows) for work in part_work(row, norm, batch_size, precision, device, k == 0)], columns=Work._fields)
+    return pandas.DataFrame([work for k, row in enumerate(rows) for work in part_work(row, norm, batch_size, precision, device, k == 0)],
+                            columns=Work._fields)
 
 # %% ../../nbs/cost/roofline.ipynb #5067c87b
 def kept_bytes(
@@ -225,7 +231,8 @@ def map_rates(
     elements = 2**18
     x = torch.randn(elements//channels//64, channels, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     width = torch.promote_types(dtype, torch.float32)  # of a layer's own numbers
-    one, zero, old = torch.ones(channels, dtype=width), torch.zeros(channels, dtype=width), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
+    one, zero, old = torch.ones(channels, dtype=width), torch.zeros(channels,
+        dtype=width), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
     alpha = torch.zeros(channels, dtype=width)
     def norm(): torch.ops.aten.native_batch_norm(x, one, zero, zero.clone(), one.clone(), True, 0.1, 1e-5)
     def norm_back(): torch.ops.aten.native_batch_norm_backward(x, next(old), one, zero, one, zero, one, True, 1e-5, [True]*3)
@@ -270,10 +277,12 @@ def ceilings(
 )->dict[str,Ceiling]:   # slot -> ceiling of its kernel
     "What kernels of this CPU reach by themselves"
     by_channels = {c: map_rates(dtype, c) for c in (64, 256, 1024, 2048)}
-    bn, none, trelu, np, relu = map(call_seconds, (lambda: nn.BatchNorm2d(8), nn.Identity, lambda: FusedTReLU(8), FusedNPReLU, lambda: nn.ReLU(inplace=True)))
+    bn, none, trelu, np, relu = map(call_seconds, (lambda: nn.BatchNorm2d(8), nn.Identity, lambda: FusedTReLU(8), FusedNPReLU,
+                                                   lambda: nn.ReLU(inplace=True)))
     calls = dict(norm=bn-none, trelu=trelu-relu, np=np-relu)
     found = {slot: Ceiling({c: rates[slot] for c, rates in by_channels.items()}, calls[slot]/2) for slot in calls}
-    few, many, large = (filter_step(torch.float64 if dtype == torch.float64 else torch.float32, *sizes) for sizes in ((8, 1), (8, 1, 24), (256, 3)))
+    few, many, large = (filter_step(torch.float64 if dtype == torch.float64 else torch.float32, *sizes)
+                        for sizes in ((8, 1), (8, 1, 24), (256, 3)))
     rate = 8*(9*256**2-64)/max(large-few, 1e-9)
     return found | dict(filters=Ceiling({1: (rate, rate)}, (many-few)/16))
 

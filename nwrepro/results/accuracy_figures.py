@@ -23,7 +23,8 @@ def run_values(
     "The numbers of a picture of points"
     rows = []
     for norm, part in runs.assign(value=values).dropna(subset='value').groupby('norm', sort=False):
-        rows += [dict(what=f'seed {seed:g}', scheme=norm, n=1, value=value, unit=unit) for seed, value in zip(part['seed'], part['value'], strict=True)]
+        rows += [dict(what=f'seed {seed:g}', scheme=norm, n=1, value=value, unit=unit)
+                 for seed, value in zip(part['seed'], part['value'], strict=True)]
         mean = mean_interval(part['value'])
         rows.append(dict(what='mean', scheme=norm, n=mean.n, value=mean.value, low=mean.low, high=mean.high, unit=unit))
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'n', 'value', 'low', 'high', 'unit'])
@@ -43,9 +44,11 @@ def plot_points(
         ax.plot([x-0.15]*len(single), single['value'], '.', color=scheme_style(norm)['color'], ms=5)
         ax.plot([x]*len(mean), mean['value'], ls='', ms=9, **scheme_style(norm))
         ax.vlines([x]*len(mean), mean['low'], mean['high'], color=scheme_style(norm)['color'], lw=2)
-        if norm in marks: ax.plot(x+0.15, marks[norm], 'o', mfc='none', mec='k', ms=9, label='Gitman & Ginsburg on ImageNet [seed]' if norm == next(iter(marks)) else None)
+        if norm in marks: ax.plot(x+0.15, marks[norm], 'o', mfc='none', mec='k', ms=9,
+                                  label='Gitman & Ginsburg on ImageNet [seed]' if norm == next(iter(marks)) else None)
     counted = numbers[numbers['what'] == 'mean'].set_index('scheme')['n']
-    ax.set(xticks=range(len(schemes)), xticklabels=[f"{norm}\nn = {counted.get(norm, 0)}" for norm in schemes], xlim=(-0.5, len(schemes)-0.5), ylabel=ylabel)
+    ax.set(xticks=range(len(schemes)), xticklabels=[f"{norm}\nn = {counted.get(norm, 0)}" for norm in schemes],
+           xlim=(-0.5, len(schemes)-0.5), ylabel=ylabel)
     if marks: ax.legend(fontsize=8)
     plt.close(fig)
     return fig
@@ -62,7 +65,8 @@ def final_accuracy(
     runs = representative_runs(tidy_runs(runs))
     found = run_values(runs, runs['top1'])
     if len(found): return Picture(plot_points(found, 'test top-1, percent', PAPER_TOP1),
-        f'Test accuracy after the last epoch. {POINTS_LEGEND} Open marks: the values of Gitman & Ginsburg for ResNet-50 on ImageNet, 120 epochs, as the source description gives them [seed]. {runs_caption(runs, cache)}', found)
+        f'Test accuracy after the last epoch. {POINTS_LEGEND} Open marks: the values of Gitman & Ginsburg for ResNet-50 on ImageNet, 120 '
+        f'epochs, as the source description gives them [seed]. {runs_caption(runs, cache)}', found)
 
 def generalization_gap(
     runs:pandas.DataFrame,  # that may be compared
@@ -72,7 +76,8 @@ def generalization_gap(
     runs = representative_runs(tidy_runs(runs))
     found = run_values(runs, runs['train_top1']-runs['top1'], 'points')
     if len(found): return Picture(plot_points(found, 'training minus test top-1, points'),
-        f'How much better training images are recognised than test images, both in evaluation mode, after the last epoch. {POINTS_LEGEND} {runs_caption(runs, cache)}', found)
+        f'How much better training images are recognised than test images, both in evaluation mode, after the last epoch. {POINTS_LEGEND} '
+        f'{runs_caption(runs, cache)}', found)
 
 # %% ../../nbs/results/accuracy_figures.ipynb #ee7e3925
 def epoch_values(
@@ -91,7 +96,8 @@ def epoch_values(
         length = values['epoch'].max()/stretches or 1.
         if values['epoch'].nunique() > stretches: values['epoch'] = (values['epoch']/length-1e-9).apply(math.ceil)*length
         means = values.groupby(['epoch', 'seed'])[column].mean().groupby('epoch').agg(['count', 'mean', 'min', 'max'])
-        rows += [dict(what=what, scheme=norm, epoch=epoch, n=n, mean=mean, low=low, high=high) for epoch, n, mean, low, high in means.itertuples()]
+        rows += [dict(what=what, scheme=norm, epoch=epoch, n=n, mean=mean, low=low, high=high)
+                 for epoch, n, mean, low, high in means.itertuples()]
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'epoch', 'n', 'mean', 'low', 'high'])
 
 # %% ../../nbs/results/accuracy_figures.ipynb #e8c5137d
@@ -117,9 +123,11 @@ def training_curves(
 )->Picture|None:            # None where no record has an evaluation
     "C2: accuracy on training and on test images, both in evaluation mode"
     runs = representative_runs(tidy_runs(runs))
-    found = pandas.concat([epoch_values(runs, cache, 'eval', 'train_top1', 'training images'), epoch_values(runs, cache, 'eval', 'top1', 'test images')])
+    found = pandas.concat([epoch_values(runs, cache, 'eval', 'train_top1', 'training images'),
+                           epoch_values(runs, cache, 'eval', 'top1', 'test images')])
     if len(found): return Picture(plot_curves(found),
-        f'Accuracy on a fixed set of training images (left) and on the test images (right), evaluation mode. Lines: means; bands: range over at most five seeds. {runs_caption(runs, cache)}', found)
+        f'Accuracy on a fixed set of training images (left) and on the test images (right), evaluation mode. Lines: means; bands: range '
+        f'over at most five seeds. {runs_caption(runs, cache)}', found)
 
 def convergence(
     runs:pandas.DataFrame,  # that may be compared
@@ -129,7 +137,8 @@ def convergence(
     runs = representative_runs(tidy_runs(runs))
     found = epoch_values(runs, cache, 'train', 'top1', 'training batches')
     if len(found): return Picture(plot_curves(found),
-        f'Running accuracy on training batches: augmented, in training mode, while the weights move. Lines: means; bands: range over at most five seeds. {runs_caption(runs, cache)}', found)
+        f'Running accuracy on training batches: augmented, in training mode, while the weights move. Lines: means; bands: range over at '
+        f'most five seeds. {runs_caption(runs, cache)}', found)
 
 # %% ../../nbs/results/accuracy_figures.ipynb #efa6c235
 def grid_numbers(
@@ -139,9 +148,11 @@ def grid_numbers(
     rows = []
     for (norm, dropout, decay), part in runs.dropna(subset='top1').groupby(['norm', 'dropout', 'weight_decay'], sort=False):
         best = representative_runs(part)
-        rows.append(dict(scheme=norm, dropout=dropout, weight_decay=decay, n=len(best), top1=best['top1'].mean(), train_top1=best['train_top1'].mean()))
+        rows.append(dict(scheme=norm, dropout=dropout, weight_decay=decay, n=len(best), top1=best['top1'].mean(),
+                         train_top1=best['train_top1'].mean()))
     return pandas.DataFrame(rows, columns=['scheme', 'dropout', 'weight_decay', 'n', 'top1', 'train_top1'])
 
+# %% ../../nbs/results/accuracy_figures.ipynb #67fdd465
 def plot_grid(
     numbers:pandas.DataFrame,  # as `grid_numbers` makes it
 )->Figure:
@@ -161,6 +172,7 @@ def plot_grid(
     plt.close(fig)
     return fig
 
+# %% ../../nbs/results/accuracy_figures.ipynb #8f964a32
 def regularizers(
     runs:pandas.DataFrame,  # that may be compared, dropout and weight decay aside
     cache:RunCache,         # where their records are
@@ -168,4 +180,5 @@ def regularizers(
     "C5: accuracy over the dropout x weight-decay grid"
     found = grid_numbers(tidy_runs(runs))
     if len(found[['dropout', 'weight_decay']].drop_duplicates()) > 1: return Picture(plot_grid(found),
-        f'Mean test top-1, percent, by dropout before the classifier and weight decay; the darker, the better. {runs_caption(tidy_runs(runs), cache)}', found)
+        f'Mean test top-1, percent, by dropout before the classifier and weight decay; the darker, the better. '
+        f'{runs_caption(tidy_runs(runs), cache)}', found)

@@ -16,8 +16,10 @@ from .statistics import mean_interval
 from ..methods.schemes import SCHEMES
 
 # %% ../../nbs/results/arms.ipynb #80c7d3fa
-SETTING = ('data', 'fingerprint', 'classes', 'train', 'train_images', 'holdout', 'arch', 'stem', 'width', 'strides', 'image_size', 'recipe', 'epochs', 'max_steps',
-           'batch_size', 'bn_batch', 'bn_eps', 'schedule', 'warmup_epochs', 'momentum', 'weight_decay', 'decay_on', 'dropout', 'mixup', 'grad_clip',
+SETTING = ('data', 'fingerprint', 'classes', 'train', 'train_images', 'holdout', 'arch', 'stem', 'width', 'strides', 'image_size', 'recipe',
+           'epochs', 'max_steps',
+           'batch_size', 'bn_batch', 'bn_eps', 'schedule', 'warmup_epochs', 'momentum', 'weight_decay', 'decay_on', 'dropout', 'mixup',
+           'grad_clip',
            'label_smoothing', 'pipeline', 'augment', 'freeze_statistics', 'precision', 'channels_last')
 ARM = ('norm', 'init', 'zero_init')
 FREE = (*ARM, 'lr', 'seed', 'subset_seed', 'eval_images', 'compile', 'scheme', 'images', 'code', 'dirty', 'hardware')
@@ -32,8 +34,10 @@ def complete(
     results = ('run', 'status', 'verdict', 'steps', 'top1', 'train_top1', 'train_loss')
     table = recorded.combine_first(runs)
     table = table.reindex(columns=list(dict.fromkeys([*table, *SETTING, *FREE, *results])))
-    for name in ('stem', 'width', 'subset_seed', 'augment', 'mixup'): table[name] = [NEWER[name] if pandas.isna(value) else value for value in table[name]]
-    for name in ('seed', 'lr', 'top1', 'train_top1', 'train_loss', 'dropout', 'steps'): table[name] = pandas.to_numeric(table[name], errors='coerce')
+    for name in ('stem', 'width', 'subset_seed', 'augment', 'mixup'): table[name] = [NEWER[name] if pandas.isna(value) else value
+        for value in table[name]]
+    for name in ('seed', 'lr', 'top1', 'train_top1', 'train_loss', 'dropout', 'steps'): table[name] = pandas.to_numeric(table[name],
+        errors='coerce')
     table['zero_init'] = table['zero_init'].eq(True)
     return table[table[['run', 'norm', 'data', 'arch', 'recipe']].notna().all(axis=1)]
 
@@ -85,7 +89,8 @@ def candidates(
         if not setting['holdout'] or setting['max_steps'] is not None: continue
         ended = group[group.status.isin(RESULTS)].drop_duplicates([*ARM, 'lr', 'seed'])
         scored = ended.assign(score=ended.top1.where(ended_well(ended)))
-        table = scored.groupby([*ARM, 'lr'], as_index=False).agg(n=('seed', 'nunique'), score=('score', 'mean'), seeds=('seed', lambda s: tuple(sorted(s))))
+        table = scored.groupby([*ARM, 'lr'], as_index=False).agg(n=('seed', 'nunique'), score=('score', 'mean'),
+            seeds=('seed', lambda s: tuple(sorted(s))))
         tried.setdefault(matching(setting), []).append(table.assign(epochs=setting['epochs']))
     return {key: pandas.concat(tables, ignore_index=True) for key, tables in tried.items()}
 
@@ -139,6 +144,7 @@ def untuned_lr(
     counts = ended_well(runs).groupby(runs.lr).sum()
     return counts[counts == counts.max()].index.min() if len(counts) else math.nan
 
+# %% ../../nbs/results/arms.ipynb #67c5d6fc
 def arms_of(
     group:pandas.DataFrame,             # final runs of one setting
     tried:pandas.DataFrame|None=None,   # candidates that belong to them; None = none
@@ -153,13 +159,15 @@ def arms_of(
         found.append(Arm(norm, init, bool(zero), lr, own[own.lr.eq(lr) | (own.lr.isna() & math.isnan(lr))], chosen))
     return found
 
+# %% ../../nbs/results/arms.ipynb #f43c651b
 def representative(
     arms:list[Arm],     # of one setting
     norm:str,           # scheme
 )->Arm|None:            # None where it has no arm
     "The arm that stands for a scheme: the best on the hold-out split, else the one with most finished seeds"
     own = SCHEMES[norm].inits[0] if norm in SCHEMES else None
-    def rank(arm): return len(arm.done) > 0, arm.budget.epochs, numpy.nan_to_num(arm.budget.score), len(arm.done), arm.init == own, not arm.zero_init
+    def rank(arm):
+        return len(arm.done) > 0, arm.budget.epochs, numpy.nan_to_num(arm.budget.score), len(arm.done), arm.init == own, not arm.zero_init
     return max((arm for arm in arms if arm.norm == norm), key=rank, default=None)
 
 # %% ../../nbs/results/arms.ipynb #1d9e2254
@@ -189,7 +197,8 @@ def exploratory(
         for words in doubts(arm, setting['epochs']): reasons.setdefault(words, []).append(arm.norm)
     said = [words if len(who) == len(arms) else f"{words} ({', '.join(who)})" for words, who in reasons.items()]
     if len({arm.budget.rates for arm in arms}) > 1: said.append('unequal lists of lr')
-    if setting['train_images'] is not None and any(len(arm.done) > arm.done.subset_seed.nunique() for arm in arms): said.append('seeds share one subset of the training images')
+    if setting['train_images'] is not None and any(len(arm.done) > arm.done.subset_seed.nunique()
+                                                   for arm in arms): said.append('seeds share one subset of the training images')
     return '; '.join(said)
 
 # %% ../../nbs/results/arms.ipynb #0b0aa889
@@ -199,7 +208,9 @@ def mixture(
     "What the runs of a comparison do not share besides their setting"
     runs = pandas.concat([arm.runs for arm in arms])
     dirty, codes, kinds = int(runs.dirty.eq(True).sum()), runs.code.dropna().nunique(), runs.hardware.dropna().nunique()
-    said = [f'{codes} versions of the code']*(codes > 1) + [f'{dirty} of {len(runs)} runs from trees with uncommitted changes']*(dirty > 0) + [f'{kinds} kinds of processor']*(kinds > 1)
+    said = {f'{codes} versions of the code': codes > 1, f'{dirty} of {len(runs)} runs from trees with uncommitted changes': dirty > 0,
+            f'{kinds} kinds of processor': kinds > 1}
+    said = [text for text, mixed in said.items() if mixed]
     return f"; mixes {', '.join(said)}" if said else ''
 
 # %% ../../nbs/results/arms.ipynb #90b39a09
@@ -247,7 +258,7 @@ def summarised(
 
 def by_setting(
     runs:pandas.DataFrame,      # table of runs
-)->pandas.DataFrame:            # a row per arm, lr and setting; `top1_mean`, `top1_sd`, `top1_low`, `top1_high`, the same of `train_top1`, and counts
+)->pandas.DataFrame:            # a row per arm, lr and setting: mean, sd and interval of `top1` and `train_top1`, and counts
     "Every arm in every setting: how many runs, and what they came to"
     keys = [*ARM, 'lr']
     rows = [dict(zip(keys, values, strict=True)) | setting | summarised(mine) for setting, group in grouped(runs)

@@ -30,6 +30,7 @@ def cost_numbers(
             rows.append(dict(scheme=norm, rounds=e.n, times_none=e.value, low=e.low, high=e.high) | about)
     return pandas.DataFrame(rows)
 
+# %% ../../nbs/results/claim_figures.ipynb #86949cb8
 def plot_costs(
     numbers:pandas.DataFrame,  # as `cost_numbers` makes it
 )->Figure:
@@ -38,14 +39,17 @@ def plot_costs(
     fig, axs = plt.subplots(1, len(records), figsize=(3.6*len(records)+1, 3.2), layout='constrained', sharey=True, squeeze=False)
     for ax, part in zip(axs[0], records, strict=True):
         for x, row in enumerate(part.itertuples()):
-            ax.errorbar(x, row.times_none, [[row.times_none-row.low], [row.high-row.times_none]], ms=8, capsize=3, **scheme_style(row.scheme))
+            ax.errorbar(x, row.times_none, [[row.times_none-row.low], [row.high-row.times_none]], ms=8, capsize=3,
+                        **scheme_style(row.scheme))
         ax.axhline(1, color='0.6', ls=':', zorder=0)
-        ax.set(title=f'{row.arch}, {row.image_size} px, batch {row.batch_size}, {row.precision}', xticks=range(len(part)), xticklabels=part['scheme'])
+        ax.set(title=f'{row.arch}, {row.image_size} px, batch {row.batch_size}, {row.precision}', xticks=range(len(part)),
+               xticklabels=part['scheme'])
         ax.title.set_fontsize(9)
     axs[0,0].set_ylabel('step time, times that of none')
     plt.close(fig)
     return fig
 
+# %% ../../nbs/results/claim_figures.ipynb #b2cc5c68
 def cost_per_step(
     runs:pandas.DataFrame,  # not asked
     cache:RunCache,         # beside which the records lie
@@ -54,12 +58,16 @@ def cost_per_step(
     found = cost_numbers(cache)
     if found.empty: return None
     layouts = ', '.join('channels_last' if last else 'contiguous' for last in found['channels_last'].unique())
-    return Picture(plot_costs(found), f"Median over {format_values(found['rounds'])} rounds of one step of each scheme in turn, with the 95 % interval of the median; "
-                   f"one batch in memory, period recipe (`paper`), {layouts}. {format_values(found['arch'])} at {format_values(found['image_size'])} px, batch {format_values(found['batch_size'])}, "
-                   f"{format_values(found['precision'])}. One process per record, n = 1. Hardware: {format_values(found['hardware'])}.", found)
+    return Picture(plot_costs(found), f"Median over {format_values(found['rounds'])} rounds of one step of each scheme in turn, with the "
+                                      f"95 % interval of the median; "
+                   f"one batch in memory, period recipe (`paper`), {layouts}. {format_values(found['arch'])} at "
+                   f"{format_values(found['image_size'])} px, batch {format_values(found['batch_size'])}, "
+                   f"{format_values(found['precision'])}. One process per record, n = 1. Hardware: {format_values(found['hardware'])}.",
+                   found)
 
 # %% ../../nbs/results/claim_figures.ipynb #5776dc6a
-FIGURES = dict(C1=final_accuracy, C2=training_curves, C3=convergence, C4=generalization_gap, C5=regularizers, C6=lr_limits, C7=signal_by_depth,
+FIGURES = dict(C1=final_accuracy, C2=training_curves, C3=convergence, C4=generalization_gap, C5=regularizers, C6=lr_limits,
+               C7=signal_by_depth,
                C8=coherence_and_gain, C10=cost_per_step, C11=cost_per_step)
 
 def figure_function(

@@ -9,7 +9,7 @@ __all__ = ['CLAIMS', 'HOLM_FAMILY', 'adjusted', 'judge']
 import math
 from dataclasses import replace
 import pandas
-import nwrepro.results.accuracy, nwrepro.results.costs, nwrepro.results.courses, nwrepro.results.stability  # each enters its claims into the register
+import nwrepro.results.accuracy, nwrepro.results.costs, nwrepro.results.courses, nwrepro.results.stability  # each registers its claims
 from .statistics import holm
 from .verdicts import ALPHA, REGISTER, Verdict, table_of
 
@@ -22,13 +22,15 @@ def adjusted(
     verdicts:list,  # of all claims
 )->list:            # the same, those of the family by Holm
     "What is left of each verdict once the family is counted"
-    p = {field: holm(pandas.Series({v.key: getattr(v, field) for v in verdicts if v.key in HOLM_FAMILY}, dtype=float)) for field in ('p', 'equal_p')}
+    p = {field: holm(pandas.Series({v.key: getattr(v, field) for v in verdicts if v.key in HOLM_FAMILY}, dtype=float))
+         for field in ('p', 'equal_p')}
     def one(v):
         which = dict(supported='p', contradicted='p', equivalent='equal_p').get(v.verdict)
         if v.key not in HOLM_FAMILY or not which: return v
         alone, family = getattr(v, which), p[which][v.key]
         words = f'{v.why}; p {alone:.2g}, by Holm over the {len(HOLM_FAMILY)} claims of the family {family:.2g}'
-        return replace(v, why=words) if family < ALPHA else replace(v, verdict='undecided', why=f'{words}, so undecided, which alone would be {v.verdict}')
+        return replace(v, why=words) if family < ALPHA else replace(v, verdict='undecided',
+            why=f'{words}, so undecided, which alone would be {v.verdict}')
     return [one(v) for v in verdicts]
 
 # %% ../../nbs/results/claims.ipynb #9e3b11d9

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy, pandas, scipy.stats
 from ..training.runs import Record, read_metrics
 from .statistics import Estimate, mean_interval, welch
-from .verdicts import Comparison, Verdict, best_comparison, claim, format_interval, missing_schemes, not_tested, number_row, setting_text, ruling, table_of
+from .verdicts import Comparison, Verdict, best_comparison, claim, format_interval, missing_schemes, not_tested
+from .verdicts import number_row, ruling, setting_text, table_of
 
 # %% ../../nbs/results/courses.ipynb #61ff2e97
 Course = namedtuple('Course', 'evals running growth coherence first', defaults=((), (), (), (), ()))
@@ -34,7 +35,8 @@ def running_accuracy(
     lines:list[dict],           # of a record
 )->tuple:                       # (middle of the epoch, top1 in percent) per epoch
     "Training accuracy as it was while the weights moved, per epoch"
-    seen = [(math.ceil(x['epoch']), x['top1'], x['images']) for x in lines if x.get('event') == 'train' and {'epoch', 'top1', 'images'} <= set(x)]
+    seen = [(math.ceil(x['epoch']), x['top1'], x['images']) for x in lines if x.get('event') == 'train'
+            and {'epoch', 'top1', 'images'} <= set(x)]
     epochs = itertools.groupby(sorted(seen), key=lambda x: x[0])
     sums = [(epoch-0.5, sum(top1*n for _, top1, n in xs), sum(n for *_, n in xs)) for epoch, group in epochs for xs in [list(group)]]
     return tuple((middle, right/n) for middle, right, n in sums if n)
@@ -98,7 +100,8 @@ def read_course(
     evals = tuple((x['epoch'], x['train_top1']) for x in lines if x.get('event') == 'eval' and {'epoch', 'train_top1'} <= set(x))
     probes = [x for x in lines if x.get('event') == 'probe' and 'outputs' in x]
     coherent = [coherence_ranks(x) for x in (probes[:1]+probes[-1:] if len(probes) > 1 else []) if 'coherence' in x]
-    return Course(evals, running_accuracy(lines), tuple((x['epoch'], growth(x['outputs'])) for x in probes), tuple(coherent), tuple((x['epoch'], rms[0]) for x in probes if (rms := block_rms(x['outputs']))))
+    return Course(evals, running_accuracy(lines), tuple((x['epoch'], growth(x['outputs'])) for x in probes), tuple(coherent),
+                  tuple((x['epoch'], rms[0]) for x in probes if (rms := block_rms(x['outputs']))))
 
 def last_modified(
     record:Record,  # in a pack or not
@@ -140,24 +143,30 @@ def level_gaps(
         if not numpy.isfinite(times['bn']+times['wn']).all(): continue
         what = f'epochs to {level} %' + (', running' if curve == 'running' else '')
         gap = welch(times['bn'], times['wn'])
-        rows += [number_row(what, norm, mean_interval(t), 'epochs') for norm, t in times.items()] + [number_row(what, 'bn - wn', gap, 'epochs')]
+        rows += [number_row(what, norm, mean_interval(t), 'epochs') for norm, t in times.items()] + [number_row(what, 'bn - wn', gap,
+            'epochs')]
         if curve == 'evals': gaps.append((level, gap))
     return gaps, rows
 
+# %% ../../nbs/results/courses.ipynb #121e3f4f
 @claim('C3', 'Convergence', tag='seed', figure='convergence',
        sentence="As the project's source description puts it, weight normalization converges faster in training.",
-       observable='Epochs until the training accuracy (fixed images, evaluation mode) first reaches 25, 50, 75 and 90 %, bn minus wn, at those levels that every '
+       observable='Epochs until the training accuracy (fixed images, evaluation mode) first reaches 25, 50, 75 and 90 %, bn minus wn, at '
+                  'those levels that every '
                   'finished run of both reaches; the running accuracy beside it. Epochs, not time.',
-       rule='Our choice: supported if the 95 % interval by Welch lies above 0 at every such level, contradicted if below 0 at every one, undecided otherwise and '
+       rule='Our choice: supported if the 95 % interval by Welch lies above 0 at every such level, contradicted if below 0 at every one, '
+            'undecided otherwise and '
             'with fewer than three seeds of each. All levels must agree, so the largest of their p enters the family.')
 def decide_c3(key, runs, folder=None):
     found = best_comparison(runs, ('bn', 'wn'))
     if not found: return not_tested(key, missing_schemes(('bn', 'wn'), runs))
     gaps, rows = level_gaps(found, folder)
-    if not gaps: return not_tested(key, f'{setting_text(found.setting)}: no level of {LEVELS} % training accuracy is on record as reached by every finished run of bn and wn')
+    if not gaps: return not_tested(key, f'{setting_text(found.setting)}: no level of {LEVELS} % training accuracy is on record as reached '
+                                        f'by every finished run of bn and wn')
     rulings = {ruling(gap) for _, gap in gaps}
     why = 'bn - wn, '+'; '.join(f'to {level} %: {format_interval(gap, "epochs")}' for level, gap in gaps)
-    return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', why=why, numbers=table_of(rows), p=float(numpy.max([gap.p for _, gap in gaps])), **found.facts())
+    return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', why=why, numbers=table_of(rows),
+                   p=float(numpy.max([gap.p for _, gap in gaps])), **found.facts())
 
 # %% ../../nbs/results/courses.ipynb #c9086aa1
 FLAT = 0.05  # decades per block, at which 16 blocks differ by a factor of 5.6; our choice
@@ -169,29 +178,34 @@ def early(
     slopes = [s for epoch, s in course.growth if epoch <= course.growth[-1][0]/10]
     return float(numpy.mean(slopes)) if slopes else math.nan
 
+# %% ../../nbs/results/courses.ipynb #5e861a2c
 def untrained(
     course:Course,      # of a run
 )->float:               # decades per block
     "Slope before the first step"
     return next((slope for epoch, slope in course.growth if epoch == 0), math.nan)
 
+# %% ../../nbs/results/courses.ipynb #d6a3bec5
 def rise(
     course:Course,      # of a run
 )->float:               # decades per block
     "Slope at the end minus the early slope"
     return course.growth[-1][1]-early(course) if len(course.growth) > 1 else math.nan
 
+# %% ../../nbs/results/courses.ipynb #b43c97be
 def at_end(
     course:Course,      # of a run
 )->float:               # decades per block
     "Slope at the end"
     return course.growth[-1][1] if len(course.growth) > 1 else math.nan
 
+# %% ../../nbs/results/courses.ipynb #78f0d609
 def first_block_ratio(
     course:Course,      # of a run
 )->float:               # 1 = as before training
     "RMS of the first block's output at the end over that before training"
-    return course.first[-1][1]/course.first[0][1] if len(course.first) > 1 and course.first[0][0] == 0 and course.first[0][1] > 0 else math.nan
+    begins = len(course.first) > 1 and course.first[0][0] == 0 and course.first[0][1] > 0
+    return course.first[-1][1]/course.first[0][1] if begins else math.nan
 
 # %% ../../nbs/results/courses.ipynb #5752fa2c
 def premise(
@@ -204,14 +218,17 @@ def premise(
     if steep(before): return 'not met by the init'
     return 'met' if flat(before) and flat(first) else 'lost' if flat(before) and steep(first) else 'undecided'
 
+# %% ../../nbs/results/courses.ipynb #07c59cb2
 def trend_note(
     rose:str,           # verdict on the rise of the slope
     first:Estimate,     # first block, end over before training
 )->str:                 # '' where the slope is not shown to rise
     "What of the claim a rise shows, in a few words"
     if rose != 'supported': return ''
-    return 'slope rises from its early value' + ('; first block shrinks' if first.high < 1 else '; no vanishing seen' if first.low >= 1 else '')
+    return 'slope rises from its early value' + ('; first block shrinks' if first.high < 1 else '; no vanishing seen' if first.low >= 1
+                                                 else '')
 
+# %% ../../nbs/results/courses.ipynb #cadcf837
 def probed(
     key:str,                    # of the claim
     runs:pandas.DataFrame,      # table of runs
@@ -223,29 +240,38 @@ def probed(
     if not found: return not_tested(key, missing_schemes(('wn',), runs)), None, None
     mine = {norm: courses(arm.done, folder) for norm, arm in found.arms.items()}
     seen = {norm: own[own.map(take).notna().astype(bool)] for norm, own in mine.items()}
-    empty = None if len(seen['wn']) else not_tested(key, f'{setting_text(found.setting)}: no finished run of wn has a record with the probes that this needs')
+    empty = None if len(seen['wn']) else not_tested(key, f'{setting_text(found.setting)}: no finished run of wn has a record with the '
+                                                         f'probes that this needs')
     return empty, found, seen
 
 # %% ../../nbs/results/courses.ipynb #f3c61290
 @claim('C7', 'Layer-output norms', tag='secondary', figure='signal_by_depth',
-       sentence='Output norms are reported, second hand, as similar across the layers of ResNet-50 for the first few epochs and then blowing up in the last '
+       sentence='Output norms are reported, second hand, as similar across the layers of ResNet-50 for the first few epochs and then '
+                'blowing up in the last '
                 'layers and vanishing in the first.',
-       observable='Slope of log10 RMS of the block outputs against the block index, on fixed images, in decades per block: at the end minus over the first tenth of the epochs (trend); '
-                  'before training and over the first tenth (premise); bn, the slope at the end and the RMS of the first block beside it. RMS, not L2 norm.',
-       rule='Our choice: the trend decides, supported if over seeds the interval of the rise lies above 0, contradicted if below, undecided otherwise and with fewer than three seeds. '
+       observable='Slope of log10 RMS of the block outputs against the block index, on fixed images, in decades per block: at the end '
+                  'minus over the first tenth of the epochs (trend); '
+                  'before training and over the first tenth (premise); bn, the slope at the end and the RMS of the first block beside it. '
+                  'RMS, not L2 norm.',
+       rule='Our choice: the trend decides, supported if over seeds the interval of the rise lies above 0, contradicted if below, '
+            'undecided otherwise and with fewer than three seeds. '
             'The premise, within ±0.05 decades per block, is judged separately: met, not met by the init, or lost.')
 def decide_c7(key, runs, folder=None):
     empty, found, seen = probed(key, runs, folder, rise)
     if empty: return empty
     rows, ends = [], {}
-    for what, take in (('rise', rise), ('early slope', early), ('slope before training', untrained), ('slope at the end', at_end), ('first block, end over before training', first_block_ratio)):
+    for what, take in (('rise', rise), ('early slope', early), ('slope before training', untrained), ('slope at the end', at_end),
+                       ('first block, end over before training', first_block_ratio)):
         values = {norm: mean_interval(own.map(take).astype(float).dropna()) for norm, own in seen.items()}
         rows += [number_row(what, norm, e, 'times' if 'block' in what else 'decades per block') for norm, e in values.items() if e.n]
         ends[what] = values['wn']
     first = ends['first block, end over before training']
     beside = f"; RMS of the first block, end over before training: {format_interval(first, 'times')}" if first.n else ''
-    why = (f"trend of wn: rise {format_interval(ends['rise'], 'decades per block')}, from the early slope to {format_interval(ends['slope at the end'], 'decades per block')}{beside}; premise {premise(ends['slope before training'], ends['early slope'])}: before training "
-           f"{format_interval(ends['slope before training'], 'decades per block')}, early {format_interval(ends['early slope'], 'decades per block')}")
+    why = (f"trend of wn: rise {format_interval(ends['rise'], 'decades per block')}, from the early slope to "
+           f"{format_interval(ends['slope at the end'], 'decades per block')}{beside}; premise "
+           f"{premise(ends['slope before training'], ends['early slope'])}: before training "
+           f"{format_interval(ends['slope before training'], 'decades per block')}, early "
+           f"{format_interval(ends['early slope'], 'decades per block')}")
     rose = ruling(ends['rise'])
     return Verdict(key, rose, why=why, numbers=table_of(rows), note=trend_note(rose, first), **found.facts())
 
@@ -255,21 +281,30 @@ def place_estimates(
 )->dict:                    # place -> estimate at the last probe, and of last minus first
     "Rank correlation of coherence and gain within each place in a block, over seeds"
     first, last = (pandas.DataFrame([course.coherence[k] for course in seen]) for k in (0, -1))
-    return {place: (mean_interval(last[place].dropna()), mean_interval((last-first)[place].dropna())) for place in sorted(set(first) & set(last))}
+    return {place: (mean_interval(last[place].dropna()), mean_interval((last-first)[place].dropna()))
+            for place in sorted(set(first) & set(last))}
 
+# %% ../../nbs/results/courses.ipynb #6d0991fd
 @claim('C8', 'Mechanism of C7', tag='secondary', figure='coherence_and_gain',
-       sentence='It is reported, second hand, that norm matching assumes nearly orthogonal weight vectors and that very deep networks violate this.',
-       observable="Spearman's rank correlation between mean |cos| of distinct filters and gain (RMS of the output over that of the recorded output before it), over the convolutions of one place in "
+       sentence='It is reported, second hand, that norm matching assumes nearly orthogonal weight vectors and that very deep networks '
+                'violate this.',
+       observable="Spearman's rank correlation between mean |cos| of distinct filters and gain (RMS of the output over that of the "
+                  "recorded output before it), over the convolutions of one place in "
                   'their residual blocks, at the last probe, one number per place and run; its change since the first probe beside it.',
-       rule='Our choice: supported if at every place the 95 % interval over seeds lies above 0, contradicted if below 0 at every place, not testable here (not informative) where places disagree '
+       rule='Our choice: supported if at every place the 95 % interval over seeds lies above 0, contradicted if below 0 at every place, '
+            'not testable here (not informative) where places disagree '
             'in sign, undecided otherwise and with fewer than three seeds. A correlation over layers names no cause.')
 def decide_c8(key, runs, folder=None):
-    empty, found, seen = probed(key, runs, folder, lambda course: 1. if len(course.coherence) == 2 and set(course.coherence[0]) & set(course.coherence[1]) else math.nan)
+    empty, found, seen = probed(key, runs, folder, lambda course: 1. if len(course.coherence) == 2
+                                and set(course.coherence[0]) & set(course.coherence[1]) else math.nan)
     if empty: return empty
     places = place_estimates(seen['wn'])
-    rows = [number_row(f'rank correlation, {place}{more}', 'wn', e, '') for place, pair in places.items() for more, e in zip(('', ', change in training'), pair, strict=True)]
-    why = 'rank correlation of coherence and gain in wn: '+'; '.join(f"{place} {format_interval(last, 'of at most 1')}, {change.value:+.2f} in training" for place, (last, change) in places.items())
+    rows = [number_row(f'rank correlation, {place}{more}', 'wn', e, '') for place, pair in places.items()
+            for more, e in zip(('', ', change in training'), pair, strict=True)]
+    why = 'rank correlation of coherence and gain in wn: '+'; '.join(f"{place} {format_interval(last, 'of at most 1')}, "
+        f"{change.value:+.2f} in training" for place, (last, change) in places.items())
     rulings, facts = {ruling(last) for last, _ in places.values()}, found.facts()
     if len({last.value > 0 for last, _ in places.values()}) > 1:
-        return Verdict(key, 'not testable here', why=f'places in a block disagree in sign; {why}', numbers=table_of(rows), note='not informative', **facts)
+        return Verdict(key, 'not testable here', why=f'places in a block disagree in sign; {why}', numbers=table_of(rows),
+                       note='not informative', **facts)
     return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', why=why, numbers=table_of(rows), **facts)

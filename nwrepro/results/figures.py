@@ -26,7 +26,8 @@ def scheme_style(
 )->dict:       # `color` and `marker` for matplotlib
     "Colour and marker of a scheme"
     k = zlib.crc32(norm.encode())
-    return dict(zip(('color', 'marker'), SCHEME_STYLES.get(norm, (matplotlib.colors.to_hex(matplotlib.colormaps['Dark2'](k%8)), 'XPph*<>d'[k//8%8])), strict=True))
+    return dict(zip(('color', 'marker'), SCHEME_STYLES.get(norm, (matplotlib.colors.to_hex(matplotlib.colormaps['Dark2'](k%8)),
+        'XPph*<>d'[k//8%8])), strict=True))
 
 # %% ../../nbs/results/figures.ipynb #ab3c488d
 Picture = namedtuple('Picture', 'figure caption numbers')  # numbers: the table that was drawn
@@ -56,7 +57,8 @@ class RunCache:
         return sorted({' + '.join(sorted(set(m.get('gpus') or []))) or m.get('cpu') or 'unrecorded' for m in asked})
 
 # %% ../../nbs/results/figures.ipynb #aead1050
-FIGURE_COLUMNS = ['run', 'status', 'norm', 'init', 'lr', 'seed', 'data', 'arch', 'image_size', 'epochs', 'recipe', 'batch_size', 'dropout', 'weight_decay',
+FIGURE_COLUMNS = ['run', 'status', 'norm', 'init', 'lr', 'seed', 'data', 'arch', 'image_size', 'epochs', 'recipe', 'batch_size', 'dropout',
+                  'weight_decay',
           'top1', 'train_top1', 'source', 'train_images', 'holdout', 'warmup_epochs', 'grad_clip', 'zero_init', 'verdict']
 
 def tidy_runs(
@@ -87,26 +89,34 @@ def format_values(
     more = f' and {len(ordered)-most} more' if len(ordered) > most else ''
     return (', '.join(ordered[:most]) or 'not recorded') + more
 
+# %% ../../nbs/results/figures.ipynb #62d202d4
 def scheme_caption(
     runs:pandas.DataFrame,  # tidy, of one scheme
 )->str:
     "One scheme's part of a caption"
     ended, seeds = (runs['status'] == 'finished').sum(), 'seed' if runs['seed'].nunique() == 1 else 'seeds'
-    return f"{runs['norm'].iloc[0]} (init {format_values(runs['init'])}, lr {format_values(runs['lr'])}): n = {ended} finished of {len(runs)} started, {seeds} {format_values(runs['seed'])}"
+    norm, init, lr, seed = runs['norm'].iloc[0], *(format_values(runs[name]) for name in ('init', 'lr', 'seed'))
+    return f'{norm} (init {init}, lr {lr}): n = {ended} finished of {len(runs)} started, {seeds} {seed}'
 
+# %% ../../nbs/results/figures.ipynb #242b54dd
 def runs_caption(
     runs:pandas.DataFrame,  # tidy, those that are drawn
     cache:RunCache,         # where their records are
 )->str:
     "Schemes, n and seeds; data, network, sizes, epochs and recipe; hardware"
     sources = [s for s in runs['source'] if isinstance(s, dict)]
-    images = runs['train_images'].fillna(pandas.Series([s.get('train') if isinstance(s, dict) else None for s in runs['source']], runs.index, float))
+    images = runs['train_images'].fillna(pandas.Series([s.get('train') if isinstance(s, dict) else None for s in runs['source']],
+                                                       runs.index, float))
     held = format_values(share for share in runs['holdout'] if share and pandas.notna(share))
-    used = f'training images, a share of {held} of them held out and tested on' if held != 'not recorded' else f"training and {format_values(s.get('val') for s in sources)} test images"
+    test = format_values(s.get('val') for s in sources)
+    split = f'training images, a share of {held} of them held out and tested on'
+    used = split if held != 'not recorded' else f'training and {test} test images'
     recipes = ' and '.join(RECIPE_WORDS.get(r, f'recipe `{r}`') for r in runs['recipe'].dropna().unique()) or 'recipe not recorded'
     schemes = '; '.join(scheme_caption(part) for _, part in runs.groupby('norm', sort=False))
-    return (f"{schemes}. {format_values(runs['arch'])} on {format_values(runs['data'])} ({format_values(images)} {used}) at {format_values(runs['image_size'])} px, "
-            f"{format_values(runs['epochs'])} epochs, batch {format_values(runs['batch_size'])}, {recipes}. Hardware: {', '.join(cache.machines(runs['run']))}.")
+    return (f"{schemes}. {format_values(runs['arch'])} on {format_values(runs['data'])} ({format_values(images)} {used}) at "
+            f"{format_values(runs['image_size'])} px, "
+            f"{format_values(runs['epochs'])} epochs, batch {format_values(runs['batch_size'])}, {recipes}. Hardware: "
+            f"{', '.join(cache.machines(runs['run']))}.")
 
 # %% ../../nbs/results/figures.ipynb #5f1e0a01
 def evenly_spaced(

@@ -26,7 +26,7 @@ def largest_comparable(
     held:bool,              # scored on images held out, or on the test images
     apart:tuple,            # names in `SETTING` that may differ too
 )->pandas.DataFrame:        # tidy; empty where there is none
-    "The largest group of runs to their end that differ in scheme, init, rate, seed and some names alone, the paper's own setting before others"
+    "The largest group of complete runs that differ only in scheme, init, lr, seed and `apart`, the paper's own setting first"
     groups = {}
     for setting, group in comparable(runs):
         key = kind_of(setting) == 'claim', str([value for name, value in setting.items() if name not in apart])
@@ -52,9 +52,10 @@ def lr_numbers(
 )->pandas.DataFrame:        # a row per scheme, start, length and rate; only where several rates were tried
     "Accuracy by learning rate"
     rows, runs = [], runs.assign(start=init_label(runs))
-    several = runs[runs.groupby(['norm', 'start'])['lr'].transform('nunique') > 1]  # over all lengths: a longer run of the best rate belongs to them
+    several = runs[runs.groupby(['norm', 'start'])['lr'].transform('nunique') > 1]  # over all numbers of epochs
     for (norm, start, epochs), own in several.groupby(['norm', 'start', 'epochs'], sort=False):
-        rows += [dict(scheme=norm, start=start, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(), top1=part['top1'].mean())
+        rows += [dict(scheme=norm, start=start, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(),
+                      top1=part['top1'].mean())
                  for lr, part in own.groupby('lr')]
     return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
 
@@ -67,7 +68,8 @@ def plot_lrs(
     schemes, longest = list(numbers['scheme'].unique()), numbers['epochs'].max()
     headroom = 1.2+0.1*numbers.groupby('scheme')['start'].nunique().max()  # for the legends
     rows, columns = math.ceil(len(schemes)/3), min(3, len(schemes))
-    fig, axs = plt.subplots(rows, columns, figsize=(3*columns+0.5, 3*rows+0.3), layout='constrained', sharex=True, sharey=True, squeeze=False)
+    fig, axs = plt.subplots(rows, columns, figsize=(3*columns+0.5, 3*rows+0.3), layout='constrained', sharex=True, sharey=True,
+                            squeeze=False)
     for ax in axs.flat[len(schemes):]: ax.set_axis_off()
     for ax, norm in zip(axs.flat, schemes):
         mine = numbers[numbers['scheme'] == norm]
@@ -88,6 +90,7 @@ def plot_lrs(
     plt.close(fig)
     return fig
 
+# %% ../../nbs/results/lr_figures.ipynb #5495e712
 def learning_rates(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     cache:RunCache,         # where their records are
@@ -99,7 +102,8 @@ def learning_rates(
     began = dict(zip(runs['run'], init_label(runs), strict=True))
     tuned_by = [(row, row['runs'].split()) for row in tuned_table()]
     chosen = {(row['norm'], began[used[0]]): float(row['lr']) for row, used in tuned_by if used and set(used) <= set(began)}
-    return Picture(plot_lrs(found, chosen), 'Accuracy after the last epoch on training images that were held out. Open markers: the longer runs; crosses: runs that diverged; '
+    return Picture(plot_lrs(found, chosen), 'Accuracy after the last epoch on training images that were held out. Open markers: the longer '
+                                            'runs; crosses: runs that diverged; '
                    f'vertical lines: the rates that `lr = tuned` reads, in the style of their start. {runs_caption(runs, cache)}', found)
 
 # %% ../../nbs/results/lr_figures.ipynb #st4r7002
@@ -109,7 +113,8 @@ def condition_labels(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # of text, 'warmup_epochs 0', a column per name in `CONDITIONS`
     "Warm-up and clipping of each run"
-    return pandas.DataFrame({name: [f'{name} none' if pandas.isna(value) else f'{name} {value:g}' for value in runs[name]] for name in CONDITIONS}, index=runs.index, dtype=object)
+    return pandas.DataFrame({name: [f'{name} none' if pandas.isna(value) else f'{name} {value:g}' for value in runs[name]]
+                             for name in CONDITIONS}, index=runs.index, dtype=object)
 
 def usual_conditions(
     runs:pandas.DataFrame,  # tidy, at least one
@@ -143,13 +148,16 @@ def init_numbers(
 )->pandas.DataFrame:        # per scheme, start, rate and kind of images: rows as `run_values` makes them
     "Accuracy of every start, on test and on training images"
     norms, rows = runs['norm'].unique().tolist(), []
-    for (norm, begun, lr), own in sorted(runs.groupby(['norm', init_and_conditions(runs), 'lr']), key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
+    for (norm, begun, lr), own in sorted(runs.groupby(['norm', init_and_conditions(runs), 'lr']),
+                                         key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
         own = ended_first(own).drop_duplicates('seed')
         for name, images in (('top1', 'test'), ('train_top1', 'training')):
             found = run_values(own, own[name])
-            if not len(found): found = pandas.DataFrame([dict(what='mean', scheme=norm, n=0, value=math.nan, low=math.nan, high=math.nan, unit='percent')])
+            if not len(found): found = pandas.DataFrame([dict(what='mean', scheme=norm, n=0, value=math.nan, low=math.nan, high=math.nan,
+                                                              unit='percent')])
             rows.append(found.assign(images=images, start=begun, lr=lr, started=len(own)))
-    return pandas.concat(rows, ignore_index=True)[['images', 'scheme', 'start', 'lr', 'started', 'what', 'n', 'value', 'low', 'high', 'unit']] if rows else pandas.DataFrame()
+    return pandas.concat(rows, ignore_index=True)[['images', 'scheme', 'start', 'lr', 'started', 'what', 'n', 'value', 'low', 'high',
+                                                   'unit']] if rows else pandas.DataFrame()
 
 # %% ../../nbs/results/lr_figures.ipynb #st4r7005
 def plot_inits(
@@ -166,11 +174,13 @@ def plot_inits(
             ax.hlines([y]*len(mean), mean['low'], mean['high'], color=scheme_style(norm)['color'], lw=2)
         ax.grid(axis='y', color='0.9')
         ax.set(xlabel=f'top-1 on {images} images, percent')
-    names = [f"{norm}, {start}, lr {lr:g}  ({own.loc[own['what'] == 'mean', 'n'].max()} of {own['started'].max()})" for (norm, start, lr), own in rows]
+    names = [f"{norm}, {start}, lr {lr:g}  ({own.loc[own['what'] == 'mean', 'n'].max()} of {own['started'].max()})"
+             for (norm, start, lr), own in rows]
     axs[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows)-0.5, -0.5))
     plt.close(fig)
     return fig
 
+# %% ../../nbs/results/lr_figures.ipynb #bac7489d
 def accuracy_by_init(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     cache:RunCache,         # where their records are
@@ -181,8 +191,10 @@ def accuracy_by_init(
     found = init_numbers(runs)
     if not len(found) or not (found['n'] > 0).any() or found.groupby('scheme')[['start', 'lr']].nunique().max().max() < 2: return None
     usual, rest = ' and '.join(usual_conditions(runs)), pandas.concat(whole).query('run not in @runs.run')
-    left = f" Not drawn, as they differ in more: {len(rest)} of {format_values(rest['arch'])} on {format_values(rest['data'])}." if len(rest) else ''
-    return Picture(plot_inits(found), f'Accuracy after the last epoch by start (init; `zero_init`: residual branches begin at 0), rate, warm-up and clipping ({usual} unless said otherwise), '
+    arch, data = format_values(rest['arch']), format_values(rest['data'])
+    left = f' Not drawn, as they differ in more: {len(rest)} of {arch} on {data}.' if len(rest) else ''
+    return Picture(plot_inits(found), f'Accuracy after the last epoch by start (init; `zero_init`: residual branches begin at 0), rate, '
+                                      f'warm-up and clipping ({usual} unless said otherwise), '
                    f'with the number of runs that finished, of those started. {POINTS_LEGEND} {runs_caption(runs, cache)}{left}', found)
 
 # %% ../../nbs/results/lr_figures.ipynb #98124d78
@@ -200,7 +212,8 @@ def limit_numbers(
         rows += [dict(who, what='share', lr=lr, n=len(part), share=kinds['learns'][part.index].mean()) for lr, part in own.groupby('lr')]
         for what, ok in kinds.items():
             largest = own[ok].groupby('seed')['lr'].max()
-            rows += [dict(who, what=what, lr=lr, seed=seed, bounded=bool((own['lr'][own['seed'] == seed] > lr).any())) for seed, lr in largest.items()]
+            rows += [dict(who, what=what, lr=lr, seed=seed, bounded=bool((own['lr'][own['seed'] == seed] > lr).any()))
+                     for seed, lr in largest.items()]
     return pandas.DataFrame(rows, columns=['what', 'scheme', 'init', 'conditions', 'lr', 'n', 'share', 'seed', 'bounded'])
 
 # %% ../../nbs/results/lr_figures.ipynb #5a7b1e03
@@ -214,17 +227,20 @@ def plot_limits(
     for (norm, init, under), own in arms:
         names.append(', '.join(filter(None, [norm, init if len(inits[norm]) > 1 else '', under])))
         share = own[own['what'] == 'share']
-        if not under: left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3], label=names[-1], **scheme_style(norm))
+        if not under: left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3],
+                                    label=names[-1], **scheme_style(norm))
         for what, face in (('does not diverge', 'none'), ('learns', None)):
             part = own[own['what'] == what]
             right.semilogx(part['lr'], [len(names)-1]*len(part), ls='', mfc=face, **scheme_style(norm))
     left.set(xlabel='learning rate', ylabel='probes that learn, percent', ylim=(-5, 105))
-    right.set(xlabel='largest lr per seed\n(filled: learns, open: does not diverge)', yticks=range(len(names)), yticklabels=names, ylim=(len(names)-0.5, -0.5))
+    right.set(xlabel='largest lr per seed\n(filled: learns, open: does not diverge)', yticks=range(len(names)), yticklabels=names,
+              ylim=(len(names)-0.5, -0.5))
     right.grid(axis='y', color='0.9')
     fig.legend(*left.get_legend_handles_labels(), loc='outside lower left', ncols=4, fontsize=8)
     plt.close(fig)
     return fig
 
+# %% ../../nbs/results/lr_figures.ipynb #d8b77128
 def lr_limits(
     runs:pandas.DataFrame,  # that may be compared, warm-up and clipping aside
     cache:RunCache,         # where their records are
@@ -233,5 +249,6 @@ def lr_limits(
     found = limit_numbers(tidy_runs(runs))
     if not len(found): return None
     usual = ' (under the conditions of most runs)' if found['conditions'].any() else ''
-    return Picture(plot_limits(found), f'Left: share of probes that learn{usual}, a marker per learning rate. Right: the largest learning rate of each seed that learns (filled) and that does not diverge (open); '
+    return Picture(plot_limits(found), f'Left: share of probes that learn{usual}, a marker per learning rate. Right: the largest learning '
+                                       f'rate of each seed that learns (filled) and that does not diverge (open); '
                    f'where nothing is filled, no probe learned. {runs_caption(tidy_runs(runs), cache)}', found)

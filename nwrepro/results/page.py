@@ -34,7 +34,8 @@ def wording(
 )->str:
     "What may be said of a claim"
     word = ANALOGUE.get(verdict.verdict, verdict.verdict) if verdict.kind == 'analogue' else verdict.verdict
-    beside = [verdict.note, 'analogue' if verdict.kind == 'analogue' else '', 'exploratory' if verdict.exploratory and verdict.verdict != 'not testable here' else '']
+    beside = [verdict.note, 'analogue' if verdict.kind == 'analogue' else '', 'exploratory' if verdict.exploratory
+              and verdict.verdict != 'not testable here' else '']
     return f"{word} ({', '.join(filter(None, beside))})" if any(beside) else word
 
 # %% ../../nbs/results/page.ipynb #003b2e3a
@@ -60,7 +61,8 @@ def evidence(
     "How many runs, how they ended, and on what data"
     if not len(runs): return 'no runs at all'
     ended = ', '.join(f'{n} {status}' for status, n in runs['status'].value_counts().items())
-    return f"{len(runs)} run{'s'*(len(runs) > 1)} ({ended}) of {format_values(runs.get('arch', []))} on {format_values(runs.get('data', []))}"
+    arch, data = (format_values(runs.get(name, [])) for name in ('arch', 'data'))
+    return f"{len(runs)} run{'s'*(len(runs) > 1)} ({ended}) of {arch} on {data}"
 
 # %% ../../nbs/results/page.ipynb #c0nc1u51
 def conclusion(
@@ -70,10 +72,14 @@ def conclusion(
     decided = [v for v in verdicts if v.verdict in ('supported', 'contradicted', 'equivalent')]
     loose = sum(bool(v.exploratory) for v in decided)
     claims, analogues = ([v for v in decided if v.kind == kind] for kind in ('claim', 'analogue'))
-    if claims: return f"Decided in the paper's own setting: {claims_by_verdict(claims, CLAIMS)}; everything else is an analogue, undecided or not tested."
-    if analogues: return f"Nothing here was decided in the paper's own setting, so the paper is neither confirmed nor refuted; in smaller settings, {len(analogues)} of the {len(verdicts)} claims got an answer, {loose} of them an exploratory one, which shows where to look and decides nothing."
+    if claims: return (f"Decided in the paper's own setting: {claims_by_verdict(claims, CLAIMS)}; "
+                       'everything else is an analogue, undecided or not tested.')
+    if analogues: return ("Nothing here was decided in the paper's own setting, so the paper is neither confirmed nor refuted; in smaller "
+                          f'settings, {len(analogues)} of the {len(verdicts)} claims got an answer, {loose} of them an exploratory one, '
+                          'which shows where to look and decides nothing.')
     tested = sum(v.verdict != 'not tested' for v in verdicts)
-    return f"Nothing is decided: {tested} of the {len(verdicts)} claims were measured, and no interval of theirs decides; each section below says what that would take."
+    return (f'Nothing is decided: {tested} of the {len(verdicts)} claims were measured, and no interval of theirs decides; '
+            'each section below says what that would take.')
 
 def answer(
     verdicts:list,          # `Verdict`s of all claims
@@ -81,14 +87,16 @@ def answer(
 )->list[str]:               # five sentences
     "The answer that opens the page"
     first = next(v for v in verdicts if v.key == 'C1')
-    return [f"Gitman & Ginsburg (2017) state that weight normalization, put in the place of batch normalization in ResNet-50 on ImageNet, trains better but ends about 6 % lower in test accuracy, and less stably; this page holds that against {evidence(runs)}.",
+    return [f"Gitman & Ginsburg (2017) state that weight normalization, put in the place of batch normalization in ResNet-50 on ImageNet, "
+            f"trains better but ends about 6 % lower in test accuracy, and less stably; this page holds that against {evidence(runs)}.",
             f"Test accuracy (C1) – {wording(first)}: {with_period(first.why)}",
             f"What lies behind it – {claims_by_verdict(verdicts, ['C2', 'C3', 'C4', 'C5'])}.",
             f"Stability, its cause, other networks and cost – {claims_by_verdict(verdicts, ['C6', 'C7', 'C8', 'C9', 'C10', 'C11'])}.",
             conclusion(verdicts)]
 
 # %% ../../nbs/results/page.ipynb #41b499c1
-EXTRA_FIGURES = dict(starts=('All inits and learning rates', accuracy_by_init, final_runs), rates=('How the learning rates were chosen', learning_rates, tuning_runs))
+EXTRA_FIGURES = dict(starts=('All inits and learning rates', accuracy_by_init, final_runs),
+                     rates=('How the learning rates were chosen', learning_rates, tuning_runs))
 
 def figure_runs(
     verdict,      # `Verdict` of a claim
@@ -125,14 +133,17 @@ def training_command(
     options = [f'-p {k} {shlex.quote(word(v))}' for k, v in values.items() if k not in LOCAL_PARAMETERS]
     return f"papermill nbs/train.ipynb reports/{shlex.quote(run['run'])}.ipynb {' '.join(options)}"
 
+# %% ../../nbs/results/page.ipynb #43796044
 def cost_commands(
     picture,    # `Picture` of records of cost, or None
 )->str:         # one command a line
     "How to make records of cost again, with nothing else running"
     kinds = picture.numbers[['arch', 'image_size', 'batch_size', 'precision']].drop_duplicates().to_dict('records') if picture else [{}]
-    return '\n'.join(' '.join(['papermill nbs/cost.ipynb reports/cost.ipynb', *(f'-p {name} {shlex.quote(str(value))}' for name, value in kind.items())])
+    return '\n'.join(' '.join(['papermill nbs/cost.ipynb reports/cost.ipynb',
+                               *(f'-p {name} {shlex.quote(str(value))}' for name, value in kind.items())])
                      for kind in kinds)
 
+# %% ../../nbs/results/page.ipynb #c3dc54b7
 def figure_commands(
     runs:pandas.DataFrame,  # of one figure
     place:str,              # folder of runs, as the reader would type it
@@ -157,12 +168,15 @@ def table_part(
     label:str,               # what it shows, for who can't see it
 )->dict:                     # `label`, `columns`, `rows` of `(text, link)` lists per cell
     "A data frame for the page's template"
-    return dict(label=label, columns=[str(c).replace('_', ' ') for c in frame.columns], rows=[[[(format_cell(v), None)] for v in row] for row in frame.itertuples(index=False)])
+    return dict(label=label, columns=[str(c).replace('_', ' ') for c in frame.columns],
+                rows=[[[(format_cell(v), None)] for v in row] for row in frame.itertuples(index=False)])
 
 # %% ../../nbs/results/page.ipynb #9e7ab1e2
 CONFIGURATION_COLUMNS = ['norm', 'init', 'zero_init', 'lr']
-RESULT_COLUMNS = ['n_started', 'n_finished', 'n_diverged', 'top1_mean', 'top1_low', 'top1_high', 'train_top1_mean', 'train_top1_low', 'train_top1_high']
-SETTING_COLUMNS = ['data', 'arch', 'image_size', 'train_images', 'holdout', 'epochs', 'max_steps', 'batch_size', 'recipe', 'warmup_epochs', 'grad_clip', 'dropout', 'weight_decay']
+RESULT_COLUMNS = ['n_started', 'n_finished', 'n_diverged', 'top1_mean', 'top1_low', 'top1_high', 'train_top1_mean', 'train_top1_low',
+                  'train_top1_high']
+SETTING_COLUMNS = ['data', 'arch', 'image_size', 'train_images', 'holdout', 'epochs', 'max_steps', 'batch_size', 'recipe', 'warmup_epochs',
+                   'grad_clip', 'dropout', 'weight_decay']
 
 def settings_part(
     runs:pandas.DataFrame,  # as `load_runs` gives it
@@ -173,11 +187,13 @@ def settings_part(
     frame = frame.assign(cut=cut > 0, held=held).sort_values(['cut', 'held', 'n_finished'], ascending=[True, True, False], kind='stable')
     same = [name for name in SETTING_COLUMNS if len(frame) > 1 and frame[name].nunique(dropna=False) == 1]
     shared = ', '.join(f'{name} {value}' for name in same if (value := format_cell(frame[name].iloc[0])))
-    return table_part(frame[[*CONFIGURATION_COLUMNS, *RESULT_COLUMNS, *(name for name in SETTING_COLUMNS if name not in same)]], 'Results by setting') | dict(shared=shared)
+    return table_part(frame[[*CONFIGURATION_COLUMNS, *RESULT_COLUMNS, *(name for name in SETTING_COLUMNS if name not in same)]],
+                      'Results by setting') | dict(shared=shared)
 
 # %% ../../nbs/results/page.ipynb #9e7ab1e5
 RUN_FILES = {'notebook': 'train.ipynb', 'config': 'config.json', 'metrics': 'metrics.jsonl', 'summary': 'summary.json'}
-RUN_COLUMNS = ['norm', 'init', 'status', 'top1', 'train_top1', 'data', 'arch', 'image_size', 'train_images', 'holdout', 'epochs', 'max_steps', 'recipe', 'batch_size', 'lr', 'zero_init', 'warmup_epochs', 'grad_clip',
+RUN_COLUMNS = ['norm', 'init', 'status', 'top1', 'train_top1', 'data', 'arch', 'image_size', 'train_images', 'holdout', 'epochs',
+               'max_steps', 'recipe', 'batch_size', 'lr', 'zero_init', 'warmup_epochs', 'grad_clip',
            'weight_decay', 'dropout', 'seed', 'img_per_s']
 
 def run_links(
@@ -211,11 +227,14 @@ def missing_notes(
 )->list[str]:               # a sentence each
     "What the page can't show, and what to do about it"
     torn = runs['run'][~runs['run'].isin(complete(runs)['run'])] if len(runs) else []
-    notes = [f'{name}: its config.json cannot be read, or does not say what was run, so it counts for nothing: restore the file, or remove the folder and train again.' for name in torn]
+    notes = [f'{name}: its config.json cannot be read, or does not say what was run, so it counts for nothing: restore the file, or remove '
+             f'the folder and train again.' for name in torn]
     notes += [f"{name} is not drawn: {error.replace(f'{cache.folder.absolute()}{os.sep}', '')}." for name, error in cache.damaged.items()]
     cut = runs['run'][runs['status'].isin(['started', 'interrupted'])]
-    if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it goes on where it stopped.')
-    if not len(runs): notes.append('There are no runs: `papermill nbs/train.ipynb reports/wn.ipynb -p norm wn` makes one on handwritten digits in a few minutes.')
+    if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it goes on '
+                              f'where it stopped.')
+    if not len(runs): notes.append('There are no runs: `papermill nbs/train.ipynb reports/wn.ipynb -p norm wn` makes one on handwritten '
+                                   'digits in a few minutes.')
     return notes
 
 # %% ../../nbs/results/page.ipynb #55cd6031
@@ -256,9 +275,12 @@ def figure_part(
     if not picture: return dict(key=name, figure=None)
     svg, png = save_figure(picture.figure, out/'figures'/name)
     schemes = ', '.join(picture.numbers['scheme'].unique())
-    return dict(key=name, figure='data:image/svg+xml;base64,'+base64.b64encode(svg.read_bytes()).decode(), svg=f'figures/{svg.name}', png=f'figures/{png.name}', title=title,
-                caption=picture.caption, alt=f'schemes {schemes}; the numbers are in the table beneath', commands=made, numbers=table_part(picture.numbers, f'Numbers of the figure of {name}'))
+    return dict(key=name, figure='data:image/svg+xml;base64,'+base64.b64encode(svg.read_bytes()).decode(), svg=f'figures/{svg.name}',
+                png=f'figures/{png.name}', title=title,
+                caption=picture.caption, alt=f'schemes {schemes}; the numbers are in the table beneath', commands=made,
+                numbers=table_part(picture.numbers, f'Numbers of the figure of {name}'))
 
+# %% ../../nbs/results/page.ipynb #80b46024
 def claim_part(
     verdict,       # `Verdict`
     picture,       # its `Picture`, or None
@@ -268,8 +290,11 @@ def claim_part(
 )->dict:           # what the template of a claim asks for
     "One claim's section"
     claim = CLAIMS[verdict.key]
-    part = {name: getattr(claim, name) for name in ('key', 'title', 'sentence', 'tag', 'observable', 'rule', 'function')} | dict(drawn_by=figure_function(verdict.key), budgets=verdict.budgets, exploratory=verdict.exploratory)
-    part |= dict(verdict=verdict.verdict if verdict.kind == 'claim' else 'analogue', wording=wording(verdict), why=with_period(verdict.why), where=with_period(verdict.where) if verdict.where else '',
+    part = {name: getattr(claim, name) for name in ('key', 'title', 'sentence', 'tag', 'observable', 'rule',
+                                                    'function')} | dict(drawn_by=figure_function(verdict.key), budgets=verdict.budgets,
+                                                        exploratory=verdict.exploratory)
+    part |= dict(verdict=verdict.verdict if verdict.kind == 'claim' else 'analogue', wording=wording(verdict), why=with_period(verdict.why),
+                 where=with_period(verdict.where) if verdict.where else '',
                  decided=table_part(verdict.numbers, f'Numbers that decide {verdict.key}'))
     made = cost_commands(picture) if verdict.key in ('C10', 'C11') else figure_commands(runs, place) if picture else ''
     return part | figure_part(verdict.key, claim.title, picture, made, out)
@@ -289,8 +314,12 @@ def write_page(
     groups = comparable(runs)
     parts = [claim_part(v, pictures.get(v.key), figure_runs(v, groups), out, place) for v in verdicts]
     places = {part['where']: [other['key'] for other in parts if other['where'] == part['where']] for part in parts if part['where']}
-    extras = [figure_part(key, title, pictures.get(key), figure_commands(of(runs), place), out) for key, (title, _, of) in EXTRA_FIGURES.items()]
-    page = render_page(answer=answer(verdicts, runs), claims=parts, places=places, notes=missing_notes(runs, cache), count=len(runs), place=place, runs=run_table(runs, cache, out),
-                  settings=settings_part(runs), beside=table_part(against_bn(runs), 'Every scheme beside bn'), extras=[part for part in extras if part['figure']], again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
+    extras = [figure_part(key, title, pictures.get(key), figure_commands(of(runs), place), out)
+              for key, (title, _, of) in EXTRA_FIGURES.items()]
+    page = render_page(answer=answer(verdicts, runs), claims=parts, places=places, notes=missing_notes(runs, cache), count=len(runs),
+                       place=place, runs=run_table(runs, cache, out),
+                  settings=settings_part(runs), beside=table_part(against_bn(runs), 'Every scheme beside bn'),
+                       extras=[part for part in extras if part['figure']],
+                       again=f'papermill nbs/report.ipynb reports/report.ipynb -p runs {shlex.quote(place)}')
     write_atomic(out/'index.html', page)
     return out/'index.html'

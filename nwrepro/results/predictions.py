@@ -37,7 +37,8 @@ def mcnemar(
     b:pandas.Series,    # the same images, second run
 )->Estimate:            # `n` images, first minus second in points of a percent, with interval and exact p
     "Gap between two runs on the same images; ValueError where the images differ"
-    if set(a.index) != set(b.index): raise ValueError(f'{len(set(a.index) ^ set(b.index))} images were shown to one of the two runs only: compare runs on equal data')
+    if set(a.index) != set(b.index): raise ValueError(f'{len(set(a.index) ^ set(b.index))} images were shown to one of the two runs only: '
+                                                      f'compare runs on equal data')
     first, second = int((a & ~b).sum()), int((b & ~a).sum())
     if first+second == 0: return Estimate(len(a), 0., 0., 0., p=1.)
     test = scipy.stats.binomtest(first, first+second)

@@ -37,9 +37,11 @@ def depth_numbers(
         for epoch, outputs in probes.iloc[evenly_spaced(len(probes), most)].itertuples(index=False):
             blocks = pandas.DataFrame(outputs)
             blocks = blocks[blocks['layer'].str.fullmatch(r'layer\d+\.\d+')]
-            parts.append(pandas.DataFrame(dict(scheme=norm, epoch=epoch, block=range(1, len(blocks)+1), layer=blocks['layer'].values, rms=blocks['rms'].values, l2=blocks['l2'].values)))
+            parts.append(pandas.DataFrame(dict(scheme=norm, epoch=epoch, block=range(1, len(blocks)+1), layer=blocks['layer'].values,
+                                               rms=blocks['rms'].values, l2=blocks['l2'].values)))
     return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame()
 
+# %% ../../nbs/results/probe_figures.ipynb #fdb2688f
 def plot_depths(
     numbers:pandas.DataFrame,  # as `depth_numbers` makes it
 )->Figure:
@@ -52,10 +54,12 @@ def plot_depths(
             lines[epoch], = ax.semilogy(line['block'], line['rms'].astype(float), '.-', color=shades[epoch])
         ax.set(title=norm, xlabel='residual block')
     axs[0,0].set_ylabel('RMS of the output')
-    fig.legend([lines[epoch] for epoch in epochs], [f'epoch {epoch:g}' for epoch in epochs], loc='outside right center', fontsize=8, ncols=1+len(epochs)//15)
+    fig.legend([lines[epoch] for epoch in epochs], [f'epoch {epoch:g}' for epoch in epochs], loc='outside right center', fontsize=8,
+               ncols=1+len(epochs)//15)
     plt.close(fig)
     return fig
 
+# %% ../../nbs/results/probe_figures.ipynb #f13d03c3
 def signal_by_depth(
     runs:pandas.DataFrame,  # that may be compared
     cache:RunCache,         # where their records are
@@ -63,7 +67,8 @@ def signal_by_depth(
     "C7: layer-output RMS by depth and epoch"
     runs = probed_runs(representative_runs(tidy_runs(runs)), cache, ['outputs'])
     found = depth_numbers(runs, cache)
-    if len(found): return Picture(plot_depths(found), f"RMS of each residual block's output on fixed probe images, one run per scheme; the darker, the later. {runs_caption(runs, cache)}", found)
+    if len(found): return Picture(plot_depths(found), f"RMS of each residual block's output on fixed probe images, one run per scheme; the "
+                                                      f"darker, the later. {runs_caption(runs, cache)}", found)
 
 # %% ../../nbs/results/probe_figures.ipynb #c421730c
 CONV_MARKERS = dict(conv1='o', conv2='s', conv3='^', downsample='x')
@@ -82,23 +87,28 @@ def coherence_numbers(
                      for layer, c in zip(coherence['layer'], coherence['mean'], strict=True) if layer in gain]
     return pandas.DataFrame(rows, columns=['scheme', 'epoch', 'layer', 'place', 'coherence', 'gain'])
 
+# %% ../../nbs/results/probe_figures.ipynb #a3fe550d
 def plot_coherence(
     numbers:pandas.DataFrame,  # as `coherence_numbers` makes it
 )->Figure:
     "Gain by coherence, a marker per convolution, its shape the place in the block, a panel per scheme"
     schemes = list(numbers['scheme'].unique())
-    fig, axs = plt.subplots(1, len(schemes), figsize=(2.6*len(schemes)+2, 3.4), layout='constrained', sharex=True, sharey=True, squeeze=False)
+    fig, axs = plt.subplots(1, len(schemes), figsize=(2.6*len(schemes)+2, 3.4), layout='constrained', sharex=True, sharey=True,
+                            squeeze=False)
     for ax, norm in zip(axs[0], schemes, strict=True):
         own = numbers[numbers['scheme'] == norm].astype(dict(coherence=float, gain=float))
         for place, layers in own.groupby('place'):
-            ax.loglog(layers['coherence'], layers['gain'], CONV_MARKERS[place], ms=5, color=scheme_style(norm)['color'], markerfacecolor='none')
+            ax.loglog(layers['coherence'], layers['gain'], CONV_MARKERS[place], ms=5, color=scheme_style(norm)['color'],
+                      markerfacecolor='none')
         ax.set(title=norm, xlabel='mean |cos| of filters')
     axs[0,0].set_ylabel('RMS out / RMS of the layer before')
-    handles = [plt.Line2D([], [], ls='', marker=CONV_MARKERS[place], color='black', markerfacecolor='none', label=place) for place in sorted(numbers['place'].unique())]
+    handles = [plt.Line2D([], [], ls='', marker=CONV_MARKERS[place], color='black', markerfacecolor='none', label=place)
+               for place in sorted(numbers['place'].unique())]
     fig.legend(handles=handles, loc='outside right center', fontsize=8)
     plt.close(fig)
     return fig
 
+# %% ../../nbs/results/probe_figures.ipynb #303d03d1
 def coherence_and_gain(
     runs:pandas.DataFrame,  # that may be compared
     cache:RunCache,         # where their records are
@@ -106,4 +116,5 @@ def coherence_and_gain(
     "C8: filter coherence against gain"
     runs = probed_runs(representative_runs(tidy_runs(runs)), cache, ['outputs', 'coherence'])
     found = coherence_numbers(runs, cache)
-    if len(found): return Picture(plot_coherence(found), f'A marker per convolution, its shape the place in the block, at the last probe of one run per scheme. {runs_caption(runs, cache)}', found)
+    if len(found): return Picture(plot_coherence(found), f'A marker per convolution, its shape the place in the block, at the last probe '
+                                                         f'of one run per scheme. {runs_caption(runs, cache)}', found)

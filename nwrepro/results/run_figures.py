@@ -17,7 +17,8 @@ def run_caption(
     config:dict,  # of a run
 )->str:
     "What a picture of one run must say"
-    return (f"{config['norm']} ({config['init']}), {config['arch']} on {config['data']} at {config['image_size']} px, {config['epochs']} epochs, "
+    return (f"{config['norm']} ({config['init']}), {config['arch']} on {config['data']} at {config['image_size']} px, {config['epochs']} "
+            f"epochs, "
             f"recipe {config['recipe']}, lr {config['lr']:g}, seed {config['seed']}, n = 1")
 
 # %% ../../nbs/results/run_figures.ipynb #93479ab6

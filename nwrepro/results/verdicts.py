@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 import numpy, pandas
-from .arms import Arm, SETTING, arms_of, budget_words, candidates, complete, exploratory, grouped, is_whole, matching, mixture, representative
+from .arms import Arm, SETTING, arms_of, budget_words, candidates, complete, exploratory, grouped, is_whole
+from .arms import matching, mixture, representative
 from ..training.recipe import RECIPES
 from ..training.runs import NEWER
 from .statistics import MIN_RUNS, Estimate, format_mean
@@ -64,8 +65,10 @@ def claim(
     return register
 
 # %% ../../nbs/results/verdicts.ipynb #528bf4be
-PAPER_RECIPE = {name: [value, None] for name, value in RECIPES['paper'].items() if name in SETTING and name not in ('weight_decay', 'precision', 'channels_last')}
-PAPER_SETTING = PAPER_RECIPE | dict(data=['imagenet'], arch=['resnet50'], image_size=[224], recipe=['paper'], epochs=[120], batch_size=[256, None], train_images=[None],
+PAPER_RECIPE = {name: [value, None] for name, value in RECIPES['paper'].items() if name in SETTING
+                and name not in ('weight_decay', 'precision', 'channels_last')}
+PAPER_SETTING = PAPER_RECIPE | dict(data=['imagenet'], arch=['resnet50'], image_size=[224], recipe=['paper'], epochs=[120],
+                                    batch_size=[256, None], train_images=[None],
               holdout=[0, None], max_steps=[None], classes=[1000, None], train=[1281167, None])
 
 def kind_of(
@@ -78,7 +81,7 @@ def kind_of(
 def padded_variance(
     image_size:int, # pixels
 )->float:           # fraction, 0 to 1
-    "What zero padding leaves of the power of a 3x3 filter's output on the last maps of a ResNet, whose side is a thirty-second of the image's"
+    "Share of the second moment of a 3x3 filter's output that zero padding leaves on the last maps of a ResNet, at 1/32 of the image size"
     side = math.ceil(image_size/32)
     return ((3*side-2)/(3*side))**2
 
@@ -86,16 +89,19 @@ def setting_text(
     setting:dict,   # of comparable runs
 )->str:
     "Where the runs of a verdict stand, and whether that is the claim itself"
-    side, epochs = (f'{setting[name]:g}' if setting[name] else 'unknown' for name in ('image_size', 'epochs'))  # floats where one config is torn
+    side, epochs = (f'{setting[name]:g}' if setting[name] else 'unknown' for name in ('image_size',
+        'epochs'))  # floats where one config is torn
     network = setting['arch']+''.join(f', {name} {setting[name]}' for name in ('stem', 'width') if setting[name] != NEWER[name])
     where = f"{network} on {setting['data']} at {side} px, {epochs} epochs, recipe {setting['recipe']}"
     named = ('train_images', 'holdout', 'max_steps', 'dropout', 'weight_decay', 'grad_clip')
     usual = RECIPES.get(setting['recipe'], {})
-    where += ''.join(f', {name} {setting[name]}' for name in PAPER_RECIPE if name != 'epochs' and setting[name] not in (None, usual.get(name)))
+    where += ''.join(f', {name} {setting[name]}' for name in PAPER_RECIPE if name != 'epochs'
+                     and setting[name] not in (None, usual.get(name)))
     where += ''.join(f', {name} {setting[name]:g}' for name in named if setting[name])
     if kind_of(setting) == 'claim': return where
     size = setting['image_size'] or 224  # None = unknown
-    if size < 224: where += f'; padding leaves the last 3x3 filters {padded_variance(size):.2f} of their power, {padded_variance(224):.2f} at 224 px'
+    if size < 224:
+        where += f'; padding leaves the last 3x3 filters {padded_variance(size):.2f} of their power, {padded_variance(224):.2f} at 224 px'
     return f'analogue ({where}), not the claim itself'
 
 # %% ../../nbs/results/verdicts.ipynb #fa63a62d
@@ -109,7 +115,8 @@ class Comparison:
     def runs(self)->list: return [run for arm in self.arms.values() for run in arm.runs.run]
     def facts(self)->dict:  # of a verdict
         arms = list(self.arms.values())
-        return dict(kind=kind_of(self.setting), runs=self.runs, where=setting_text(self.setting)+mixture(arms), exploratory=exploratory(arms, self.setting), budgets=tuple(map(budget_words, arms)))
+        return dict(kind=kind_of(self.setting), runs=self.runs, where=setting_text(self.setting)+mixture(arms),
+                    exploratory=exploratory(arms, self.setting), budgets=tuple(map(budget_words, arms)))
 
 # %% ../../nbs/results/verdicts.ipynb #a68deeb5
 def comparisons(
@@ -133,7 +140,8 @@ def best_comparison(
     "The setting in which schemes are compared"
     def rank(found):
         seeds = min(len(arm.done) for arm in found.arms.values())
-        return seeds >= MIN_RUNS, kind_of(found.setting) == 'claim', seeds, -(found.setting['dropout'] or 0), sum(found.setting[name] in accepted for name, accepted in PAPER_SETTING.items())
+        return seeds >= MIN_RUNS, kind_of(found.setting) == 'claim', seeds, -(found.setting['dropout']
+            or 0), sum(found.setting[name] in accepted for name, accepted in PAPER_SETTING.items())
     return max(comparisons(runs, norms), key=rank, default=None)
 
 # %% ../../nbs/results/verdicts.ipynb #b72ce6fb
@@ -173,7 +181,8 @@ def missing_schemes(
     why = numpy.select([mark for _, mark in reasons], [words for words, _ in reasons], '')  # of several reasons the first
     counts = ', '.join(f'{(why == words).sum()} {words}' for words, _ in reasons if (why == words).any())
     had = f' (of {len(wanted)} such runs {counts})' if counts else ''
-    return (f"no setting has a finished run of each of {', '.join(norms)}{had}; `papermill nbs/train.ipynb reports/{norms[-1]}.ipynb -p norm {norms[-1]} -p seed 0` "
+    return (f"no setting has a finished run of each of {', '.join(norms)}{had}; `papermill nbs/train.ipynb reports/{norms[-1]}.ipynb -p "
+            f"norm {norms[-1]} -p seed 0` "
             f'makes one, and three seeds of each scheme can decide')
 
 # %% ../../nbs/results/verdicts.ipynb #1c58b3a4
@@ -203,4 +212,5 @@ def format_counts(
     unit:str,       # of the values
 )->str:
     "What each scheme came to, with which arm, and how many of its runs finished"
-    return '; '.join(f'{arms[norm].name} {format_mean(values[norm], unit)} with {len(arms[norm].done)} of {len(arms[norm].runs)} finished' for norm in values)
+    return '; '.join(f'{arms[norm].name} {format_mean(values[norm], unit)} with {len(arms[norm].done)} of {len(arms[norm].runs)} finished'
+                     for norm in values)

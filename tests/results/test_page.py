@@ -24,15 +24,19 @@ BLOCKS = ['conv1', *(f'layer{s}.{b}{part}' for s in (1, 2) for b in (0, 1) for p
 
 def config(norm='wn', **changes):
     "Parameters of a made-up run"
-    given = dict(norm=norm, init='torch', data='digits', train_images=None, arch='resnet18', strides='v1', recipe='modern', epochs=4, max_steps=None,
+    given = dict(norm=norm, init='torch', data='digits', train_images=None, arch='resnet18', strides='v1', recipe='modern', epochs=4,
+                 max_steps=None,
                  batch_size=32, lr=0.1, weight_decay=1e-4, dropout=0., image_size=24, seed=0) | changes
-    return given | dict(given=dict(norm=norm, data_dir='somewhere/else'), source=dict(name='digits', fingerprint='0', classes=10, train=1000, val=797))
+    return given | dict(given=dict(norm=norm, data_dir='somewhere/else'), source=dict(name='digits', fingerprint='0', classes=10,
+        train=1000, val=797))
 
 def lines(top1):
     "A record: evaluations, training batches and probes"
     for epoch in range(5):
-        yield dict(event='eval', step=10*epoch, epoch=float(epoch), val_loss=1., top1=top1*epoch/4, train_loss=1., train_top1=(top1+5)*epoch/4)
-        yield dict(event='probe', step=10*epoch, epoch=float(epoch), outputs=dict(layer=BLOCKS, rms=[1.+0.1*k for k in range(len(BLOCKS))], l2=[2.]*len(BLOCKS)),
+        yield dict(event='eval', step=10*epoch, epoch=float(epoch), val_loss=1., top1=top1*epoch/4, train_loss=1.,
+                   train_top1=(top1+5)*epoch/4)
+        yield dict(event='probe', step=10*epoch, epoch=float(epoch), outputs=dict(layer=BLOCKS, rms=[1.+0.1*k for k in range(len(BLOCKS))],
+            l2=[2.]*len(BLOCKS)),
                    coherence=dict(layer=BLOCKS[1::3], mean=[0.1*k+0.1 for k in range(len(BLOCKS[1::3]))], max=[0.9]*len(BLOCKS[1::3])))
         yield dict(event='train', step=10*epoch+5, epoch=epoch+0.5, loss=1., top1=top1*epoch/4, lr=0.1, images=320.)
 
@@ -43,7 +47,8 @@ def make(folder, status='finished', top1=60., **changes):
     run.begin(values, ORIGIN)
     if status == 'started': return run
     for line in lines(top1): run.log(**line)
-    ends = dict(top1=top1, train_top1=top1+5, img_per_s=100., verdict='learning') if status == 'finished' else dict(diverged_step=7, diverged_reason='loss is nan')
+    ends = dict(top1=top1, train_top1=top1+5, img_per_s=100., verdict='learning') if status == 'finished' else dict(diverged_step=7,
+        diverged_reason='loss is nan')
     run.finish(status, **ends)
     return run
 
@@ -105,7 +110,8 @@ def made(tmp_path_factory):
     runs = load_runs(folder)
     return folder, page_of(folder, folder.parent/'page'), draw_figures(judge(runs, folder), comparable(runs), RunCache(folder))
 
-def colours(figure): return {line.get_label(): (line.get_color(), line.get_marker()) for ax in figure.axes for line in ax.lines if line.get_label() in SCHEME_STYLES}
+def colours(figure): return {line.get_label(): (line.get_color(), line.get_marker()) for ax in figure.axes for line in ax.lines
+                             if line.get_label() in SCHEME_STYLES}
 
 @pytest.mark.parametrize('key', ['C2', 'C3', 'C6'])
 def test_a_scheme_looks_the_same_in_every_figure(made, key):
@@ -113,12 +119,14 @@ def test_a_scheme_looks_the_same_in_every_figure(made, key):
     assert drawn == {norm: SCHEME_STYLES[norm] for norm in ('bn', 'wn', 'np')}
 
 def test_looks_differ_in_colour_and_in_marker():
-    assert len({colour for colour, _ in SCHEME_STYLES.values()}) == len({marker for _, marker in SCHEME_STYLES.values()}) == len(SCHEME_STYLES)
+    assert len({colour for colour, _ in SCHEME_STYLES.values()}) == len({marker
+        for _, marker in SCHEME_STYLES.values()}) == len(SCHEME_STYLES)
 
 @pytest.mark.parametrize('key', OF_RUNS)
 def test_a_caption_says_what_a_reader_must_know(made, key):
     words = made[2][key].caption
-    for part in ('n = ', 'seed', 'digits', 'resnet18', '1000 training and 797 test images', '24 px', '4 epochs', 'batch 32', 'modern recipe', 'made-up processor'):
+    for part in ('n = ', 'seed', 'digits', 'resnet18', '1000 training and 797 test images', '24 px', '4 epochs', 'batch 32',
+                 'modern recipe', 'made-up processor'):
         assert part in words, part
 
 @pytest.mark.parametrize('key', OF_RUNS)
@@ -129,7 +137,8 @@ def test_numbers_beneath_a_figure_are_those_drawn(made, key):
 def test_the_figure_of_cost_needs_records_and_no_runs(made, tmp_path):
     picture = made[2]['C10']
     assert picture.numbers.set_index('scheme').times_none.to_dict() == dict(bn=1.2, none=1., wn=1.1)
-    for part in ('over 8 rounds', 'resnet18', '24 px', 'batch 32', 'bf16', 'channels_last', 'period recipe', 'n = 1', 'made-up processor'): assert part in picture.caption, part
+    for part in ('over 8 rounds', 'resnet18', '24 px', 'batch 32', 'bf16', 'channels_last', 'period recipe', 'n = 1',
+                 'made-up processor'): assert part in picture.caption, part
     (tmp_path/'cost').mkdir()
     (tmp_path/'cost'/'torn.json').write_text('{"arch": "resn')
     (tmp_path/'cost'/'made.json').write_text(json.dumps(COST))
@@ -153,7 +162,8 @@ def test_figures_of_real_runs():
     runs, cache = load_runs(FIRST_LOOK), RunCache(FIRST_LOOK)
     pictures = draw_figures(judge(runs, FIRST_LOOK), comparable(runs), cache)
     assert set(pictures) - {'C10', 'C11'} == {'C1', 'C2', 'C3', 'C4', 'C7', 'C8'} and cache.damaged == {}
-    assert all('n = 1 finished of 1 started' in p.caption and '64 px' in p.caption and 'period recipe' in p.caption for k, p in pictures.items() if k in OF_RUNS)
+    assert all('n = 1 finished of 1 started' in p.caption and '64 px' in p.caption and 'period recipe' in p.caption
+               for k, p in pictures.items() if k in OF_RUNS)
 
 def test_a_caption_of_one_run_still_stands(): assert 'n = 1' in run_caption(config())
 
@@ -162,14 +172,16 @@ def test_a_caption_of_one_run_still_stands(): assert 'n = 1' in run_caption(conf
 def test_page_of_real_runs(tmp_path):
     page = page_of(FIRST_LOOK, tmp_path/'page')
     words, seen = check(page)
-    assert sorted(p.name for p in (page.parent/'figures').iterdir() if p.stem not in ('C10', 'C11')) == [f'{k}.{end}' for k in ('C1', 'C2', 'C3', 'C4', 'C7', 'C8') for end in ('png', 'svg')]
+    assert sorted(p.name for p in (page.parent/'figures').iterdir() if p.stem not in ('C10', 'C11')) == [f'{k}.{end}'
+        for k in ('C1', 'C2', 'C3', 'C4', 'C7', 'C8') for end in ('png', 'svg')]
     assert len([link for link in seen.links if link.endswith('config.json')]) == len(list(FIRST_LOOK.iterdir()))
     assert 'undecided (analogue, exploratory)' in words and ' supported' not in words.split('C1: ')[0].replace('is not supported', '')
 
 def test_page_of_many_runs_links_each_file_and_tells_the_commands(made):
     words, seen = check(made[1])
     runs = load_runs(made[0])
-    assert sum(link.endswith('config.json') for link in seen.links) == sum(link.endswith('metrics.jsonl') for link in seen.links) == len(runs)
+    assert sum(link.endswith('config.json') for link in seen.links) == sum(link.endswith('metrics.jsonl')
+        for link in seen.links) == len(runs)
     assert f'papermill nbs/train.ipynb reports/{runs.run[0]}.ipynb -p norm {runs.norm[0]}' in words and 'data_dir' not in words
     assert all(f'Figure of {key},' in words for key in FIGURES)
 
@@ -181,32 +193,39 @@ def test_an_analogue_never_has_the_wording_of_a_claim(made):
     assert ('analogue', 'agrees in direction (analogue, exploratory)') in verdicts
     assert not {'supported', 'contradicted'} & {word for pair in verdicts for word in pair}
     tested = [v for v in judge(runs, made[0]) if v.verdict != 'not tested']
-    assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where for v in tested})+len(against_bn(runs))  # in the claim's section, under the table once for all that stand there, and in the rows beside bn
-    for where in {v.where for v in tested}: assert f"<li>{', '.join(v.key for v in tested if v.where == where)}: {where}.</li>" in made[1].read_text()
+    assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where
+        for v in tested})+len(against_bn(runs))  # in the claim's section, under the table once for all that stand there, and in the rows beside bn
+    for where in {v.where for v in tested}:
+        assert f"<li>{', '.join(v.key for v in tested if v.where == where)}: {where}.</li>" in made[1].read_text()
 
 def test_a_page_shows_how_the_rates_were_chosen(tmp_path):
-    runs = [make(tmp_path/'runs', lr=lr, holdout=0.2, epochs=epochs, top1=50-100*lr) for lr, epochs in ((0.1, 2), (0.2, 2), (0.4, 2), (0.1, 4), (0.2, 4))]
+    runs = [make(tmp_path/'runs', lr=lr, holdout=0.2, epochs=epochs, top1=50-100*lr)
+            for lr, epochs in ((0.1, 2), (0.2, 2), (0.4, 2), (0.1, 4), (0.2, 4))]
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    assert 'rates' in seen.ids and (tmp_path/'page/figures/rates.png').is_file() and all(f'reports/{run.name}.ipynb' in words for run in runs)
+    assert 'rates' in seen.ids and (tmp_path/'page/figures/rates.png').is_file() and all(f'reports/{run.name}.ipynb' in words
+        for run in runs)
     shared = re.search(r'In all rows: (.*?)\.(?!\d)', words)[1].split(', ')
     assert {'data digits', 'arch resnet18', 'holdout 0.2'} <= set(shared) and not any(part.startswith('epochs') for part in shared)
     _, seen = check(page_of(tmp_path/'nothing', tmp_path/'page'))
     assert 'rates' not in seen.ids and not (tmp_path/'page/figures/rates.png').exists()
 
 def test_a_page_shows_what_other_starts_came_to(tmp_path):
-    begun = [make(tmp_path/'runs', norm='bn', seed=seed, zero_init=zero, lr=lr, top1=60+10*zero+seed) for zero, lr in ((False, 0.1), (True, 0.2)) for seed in (0, 1, 2)]
+    begun = [make(tmp_path/'runs', norm='bn', seed=seed, zero_init=zero, lr=lr, top1=60+10*zero+seed)
+             for zero, lr in ((False, 0.1), (True, 0.2)) for seed in (0, 1, 2)]
     make(tmp_path/'runs', norm='bn', lr=0.4, max_steps=5)
     make(tmp_path/'runs', norm='bn', arch='resnet34')
     make(tmp_path/'runs', norm='wn', init='norm_preserving', lr=0.3, holdout=0.2)
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
     again = words.partition('All inits and learning rates')[2].rpartition('All inits and learning rates')[2]
     assert 'Not drawn, as they differ in more: 1 of resnet34 on digits.' in words
-    assert 'starts' in seen.ids and all(f'reports/{run.name}.ipynb' in again for run in begun) and 'max_steps' not in again and 'norm wn' not in again
+    assert 'starts' in seen.ids and all(f'reports/{run.name}.ipynb' in again
+                                        for run in begun) and 'max_steps' not in again and 'norm wn' not in again
     page_of(tmp_path/'nothing', tmp_path/'page')
     assert not (tmp_path/'page/figures/starts.png').exists()
 
 def test_the_command_of_a_run_gives_its_numbers_in_full():
-    words = training_command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1., dropout=None)))
+    words = training_command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1.,
+        dropout=None)))
     assert words == 'papermill nbs/train.ipynb reports/x.ipynb -p norm wn -p lr 0.12345678 -p epochs 60 -p warmup_epochs 1 -p dropout none -p data digits -p seed 3'
 
 def test_commands_to_copy_survive_a_shell():
@@ -225,11 +244,14 @@ def test_the_commands_of_cost_make_the_records_that_are_shown(made):
 
 def test_a_figure_of_stability_tells_learning_from_not_diverging():
     rows = [(0, 1., 'learning'), (0, 10., 'stuck'), (0, 100., None), (1, 1., 'stuck'), (2, 1., 'learning')]
-    runs = tidy_runs(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr, status='finished' if verdict else 'diverged', verdict=verdict or 'diverged') for seed, lr, verdict in rows]))
+    runs = tidy_runs(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr,
+                                            status='finished' if verdict else 'diverged', verdict=verdict or 'diverged')
+                                       for seed, lr, verdict in rows]))
     numbers = limit_numbers(runs)
     shares = numbers.query("what == 'share'").set_index('lr')
     assert shares['share'].to_dict() == {1.: pytest.approx(2/3), 10.: 0., 100.: 0.} and shares['n'].to_dict() == {1.: 3, 10.: 1, 100.: 1}
-    limits = {what: own.set_index('seed')[['lr', 'bounded']].values.tolist() for what, own in numbers[numbers.what != 'share'].groupby('what')}
+    limits = {what: own.set_index('seed')[['lr', 'bounded']].values.tolist()
+              for what, own in numbers[numbers.what != 'share'].groupby('what')}
     assert limits == {'learns': [[1., True], [1., False]], 'does not diverge': [[10., True], [1., False], [1., False]]}
 
 def test_a_page_shows_how_rates_were_chosen_and_what_made_it_exploratory(made):
@@ -247,10 +269,12 @@ def test_a_figure_of_probes_shows_a_run_that_has_them(tmp_path):
         assert len(picture.numbers) and 'n = 1 finished of 1 started, seed 1' in picture.caption
 
 def test_numbers_are_written_as_a_reader_would():
-    assert [format_cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000', '48', '0.0125', '0.6667', '', '', 'True', 'wn']
+    assert [format_cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000',
+        '48', '0.0125', '0.6667', '', '', 'True', 'wn']
 
 def test_an_answer_that_decides_nothing_says_how_much_was_measured():
-    measured, missing = (dataclasses.replace(judge(pandas.DataFrame(), 'nowhere')[0], verdict=verdict) for verdict in ('undecided', 'not tested'))
+    measured, missing = (dataclasses.replace(judge(pandas.DataFrame(), 'nowhere')[0], verdict=verdict)
+                         for verdict in ('undecided', 'not tested'))
     assert conclusion([measured, measured, missing]).startswith('Nothing is decided: 2 of the 3 claims were measured')
 
 def test_page_of_no_runs_says_how_to_make_one(tmp_path):
@@ -284,7 +308,8 @@ def torn_summary(run): (run.path/'summary.json').write_text('{"status": "fin')
 def no_metrics(run): (run.path/'metrics.jsonl').unlink()
 def damaged_metrics(run): (run.path/'metrics.jsonl').write_text('{"event": "eval"\n' + (run.path/'metrics.jsonl').read_text())
 def odd_values(run): (run.path/'summary.json').write_text(json.dumps(dict(status='finished', top1='nan', train_top1=None, seed=None)))
-def odd_lines(run): (run.path/'metrics.jsonl').write_text('{"event": "probe", "step": 0, "epoch": 0}\n{"event": "eval", "step": 0, "epoch": 0.0}\n')
+def odd_lines(run): (run.path/'metrics.jsonl').write_text('{"event": "probe", "step": 0, "epoch": 0}\n{"event": "eval", "step": 0, '
+                                                          '"epoch": 0.0}\n')
 def bare(run): shutil.rmtree(run.path); run.path.mkdir(); (run.path/'config.json').write_text('{"norm": "wn"}')
 
 @pytest.mark.parametrize('tear', [torn_config, empty_config, torn_summary, no_metrics, damaged_metrics, odd_values, odd_lines, bare])
@@ -333,9 +358,11 @@ def fill(folder, count):
     for k in range(count):
         norm, seed, lr, drop = ('bn', 'wn', 'np', 'trelu', 'none')[k%5], k//5%10, (0.01, 0.03, 0.1, 0.3, 1.)[k//50%5], k//250%4*0.2
         values = config(norm=norm, seed=seed, lr=lr, dropout=drop, weight_decay=1e-4*(1+k//1000)) | dict(provenance=ORIGIN)
-        ends = dict(status='diverged', diverged_step=7) if lr == 1. and norm != 'bn' else dict(status='finished', top1=60.+k%7, train_top1=70.+k%5)
+        ends = dict(status='diverged', diverged_step=7) if lr == 1. and norm != 'bn' else dict(status='finished', top1=60.+k%7,
+            train_top1=70.+k%5)
         (folder/f'{norm}-{k:05d}').mkdir(parents=True)
-        for name, text in (('config.json', json.dumps(values)), ('summary.json', json.dumps(ends)), ('metrics.jsonl', ''.join(json.dumps(line)+'\n' for line in lines(60.)))):
+        for name, text in (('config.json', json.dumps(values)), ('summary.json', json.dumps(ends)),
+                           ('metrics.jsonl', ''.join(json.dumps(line)+'\n' for line in lines(60.)))):
             (folder/f'{norm}-{k:05d}'/name).write_text(text)
 
 MEASURE = '''
@@ -355,7 +382,8 @@ def crowd(tmp_path_factory):
     folder = tmp_path_factory.mktemp('crowd')
     fill(folder/'runs', 5000)
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, '-c', MEASURE, str(folder/'runs'), str(folder/'page')], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', MEASURE, str(folder/'runs'), str(folder/'page')], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     return folder/'page'/'index.html', *map(float, done.stdout.split()[-2:])
 
@@ -400,7 +428,8 @@ def rows(tab): return tab.locator('#runs ~ .dt-container').first.locator('tbody 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [1280, 380])
 def test_in_a_browser_nothing_is_wrong(browser, made, scheme, width):
-    axe = pytest.importorskip('axe_playwright_python.sync_playwright', reason='axe-playwright-python is not installed: pip install -e .[dev]')
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright',
+                              reason='axe-playwright-python is not installed: pip install -e .[dev]')
     with opened(browser, made[1], width, scheme) as (tab, said):
         assert tab.evaluate('document.documentElement.scrollWidth') <= width
         tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")

@@ -38,8 +38,10 @@ def of(runs, what, start):
     whole = runs[runs['max_steps'].isna() & (runs['holdout'] == 0) & (runs['status'] == 'finished')]
     return whole[(whole[list(start)] == pandas.Series(start)).all(axis=1)].sort_values('seed')[what]
 
-@pytest.mark.parametrize('one, other, what', [(WN, BN, 'top1'), (ZERO, WN, 'top1'), (ZERO, BN, 'top1'), (NP, WN, 'top1'), (NP, BN, 'top1'), (WN_TORCH, WN, 'top1'), (WN_TORCH, WN, 'train_top1'),
-                                              (WN_TORCH, BN, 'top1'), (ZERO, WN_TORCH, 'top1'), (NONE, WN, 'top1'), (NONE, WN, 'train_top1'), (NONE_TORCH, NONE, 'top1'),
+@pytest.mark.parametrize('one, other, what', [(WN, BN, 'top1'), (ZERO, WN, 'top1'), (ZERO, BN, 'top1'), (NP, WN, 'top1'), (NP, BN, 'top1'),
+                                              (WN_TORCH, WN, 'top1'), (WN_TORCH, WN, 'train_top1'),
+                                              (WN_TORCH, BN, 'top1'), (ZERO, WN_TORCH, 'top1'), (NONE, WN, 'top1'),
+                                              (NONE, WN, 'train_top1'), (NONE_TORCH, NONE, 'top1'),
                                               (NONE_TORCH, WN_TORCH, 'top1'), (EVEN, WN, 'top1')], ids=str)
 def test_gaps_are_those_of_the_records(one, other, what, runs, page):
     gap = welch(of(runs, what, one), of(runs, what, other))
@@ -61,10 +63,13 @@ def test_the_search_from_the_data_dependent_start_came_out_as_told(runs, page):
     assert lost['lr'].min() == 0.05 and lost['diverged_step'].max() == 5 and set(tried[(tried['init'] == 'data') & (tried['lr'] > 0.025)]['status']) == {'diverged'}
 
 def test_the_study_is_judged_as_told(verdicts, page):
-    told = dict(C7="supported", C1='undecided', C2='not testable here', C3='undecided', C4='not testable here', C5='not testable here', C6='not tested', C8='not testable here', C9='not tested', C10='undecided', C11='undecided')
-    assert {key: verdicts[key].verdict for key in told} == told and [verdicts[key].note for key in ('C2', 'C4', 'C8')] == ['neither shown below 99.5 %', 'same as C1 but for 0.8 points', 'not informative']
+    told = dict(C7="supported", C1='undecided', C2='not testable here', C3='undecided', C4='not testable here', C5='not testable here',
+                C6='not tested', C8='not testable here', C9='not tested', C10='undecided', C11='undecided')
+    assert {key: verdicts[key].verdict for key in told} == told and [verdicts[key].note
+        for key in ('C2', 'C4', 'C8')] == ['neither shown below 99.5 %', 'same as C1 but for 0.8 points', 'not informative']
     assert verdicts['C7'].note == 'slope rises from its early value; no vanishing seen'
-    assert all(verdicts[key].exploratory for key in ('C1', 'C2', 'C3', 'C4', 'C5', 'C7', 'C8')) and 'after 20 of 60 epochs' in verdicts['C1'].exploratory
+    assert all(verdicts[key].exploratory for key in ('C1', 'C2', 'C3', 'C4', 'C5', 'C7',
+                                                     'C8')) and 'after 20 of 60 epochs' in verdicts['C1'].exploratory
     assert 'premise undecided' in verdicts['C7'].why and 'decay was all but off' in page
 
 def test_the_gap_of_c1_is_that_of_its_numbers(verdicts, page):
@@ -123,12 +128,14 @@ def test_accuracies_of_resnet50_are_those_of_the_records(runs, deep, page):
     assert len(deep) == 6 and all(f'{top1:.1f}' in part for top1 in deep['top1'])
     def lost(start): return f"{of(runs, 'top1', start | dict(seed=0)).item()-of(deep, 'top1', start).item():.1f}"
     assert f"lose {lost(BN)} and {lost(NP)} points" in part and f"gain {lost(WN)[1:]}, `none` loses {lost(NONE)}" in part and lost(ZERO) == lost(WN)
-    def head(run): return next(line for line in read_metrics(Record(run, FOLDER).path/'metrics.jsonl') if line['event'] == 'probe')['outputs']['rms'][-1]
+    def head(run): return next(line for line in read_metrics(Record(run, FOLDER).path/'metrics.jsonl')
+                               if line['event'] == 'probe')['outputs']['rms'][-1]
     small, large = (head(of(group, 'run', EVEN | dict(seed=0)).item()) for group in (runs, deep))
     assert f'a size of {large:.2g}, a twelfth of' in part and round(small/large) == 12
 
 def test_hours_are_those_of_the_records(runs, deep, page):
-    part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search' for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]
+    part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search'
+            for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]
     hours = {name: f'{seconds/3600:.0f}' for name, seconds in {**runs.groupby(part)['wall_s'].sum(), 'deep': deep['wall_s'].sum()}.items()}
     assert 'the search took {search} hours, the accuracy part {accuracy} and {deep} more for ResNet-50, the stability part {stability} '.format(**hours) in page
 
