@@ -13,8 +13,8 @@ import itertools, math
 from collections.abc import Callable
 from dataclasses import replace
 import pandas
-from .arms import Arm, arms_of, candidates, complete, grouped, is_whole, matching, representative
-from .courses import courses
+from .variants import Variant, variants_of, candidates, complete, grouped, is_whole, matching, representative
+from .histories import read_histories
 from .statistics import MIN_RUNS, Estimate, contrast, equivalence, fieller, format_mean, mean_interval, paired
 from .statistics import smallest_margin, welch
 from .verdicts import ALPHA, MARGIN, Comparison, Verdict, best_comparison, claim, comparisons, format_counts
@@ -27,9 +27,11 @@ def pair_rows(
     what:str,           # is measured
     value:Callable,     # finished runs -> one value per run
 )->list[dict]:          # rows of a verdict's table
-    "The gaps of all other pairs of arms with three seeds each"
-    ready = [[arm for arm in found.others if arm.norm == norm and len(value(arm.done).dropna()) >= MIN_RUNS] for norm in norms]
-    pairs = [pair for pair in itertools.product(*ready) if [arm.name for arm in pair] != [found.arms[norm].name for norm in norms]]
+    "The gaps of all other pairs of variants with three seeds each"
+    ready = [[variant for variant in found.others if variant.norm == norm and len(value(variant.done).dropna()) >= MIN_RUNS]
+             for norm in norms]
+    pairs = [pair for pair in itertools.product(*ready) if [variant.name for variant in pair] != [found.variants[norm].name
+        for norm in norms]]
     return [number_row(f'{what}, not compared', f'{a.name} - {b.name}', welch(value(a.done).dropna(), value(b.done).dropna()), 'points')
             for a, b in pairs]
 
@@ -40,7 +42,7 @@ def pair_words(
     if not rows: return ''
     ends = [min(rows, key=lambda r: r['value']), max(rows, key=lambda r: r['value'])]
     said = ' to '.join(f"{r['value']:+.1f} ({r['low']:.1f} to {r['high']:.1f}; {r['scheme']})" for r in ends[:len(rows)])
-    return f'; the other {len(rows)} pairs of arms: {said}' if len(rows) > 1 else f'; the other pair of arms: {said}'
+    return f'; the other {len(rows)} pairs of variants: {said}' if len(rows) > 1 else f'; the other pair of variants: {said}'
 
 # %% ../../nbs/results/accuracy.ipynb #4387ea4b
 def gap_claim(
@@ -54,26 +56,26 @@ def gap_claim(
     "Decide by the Welch interval of a gap, in points of a percent"
     found = best_comparison(runs, norms)
     if not found: return not_tested(key, missing_schemes(norms, runs))
-    a, b = (value(found.arms[norm].done).dropna() for norm in norms)
+    a, b = (value(found.variants[norm].done).dropna() for norm in norms)
     if not len(a) or not len(b): return not_tested(key, f"the finished runs of {' and '.join(norms)} have recorded no {what}")
     gap, pair, near, label = welch(a, b), paired(a, b), equivalence(a, b, MARGIN), ' - '.join(norms)
     others = pair_rows(found, norms, what, value)
     rows = [number_row(what, norm, mean_interval(v), unit) for norm, v in zip(norms, (a, b), strict=True)]
     rows += [number_row(what, label, gap, 'points'), number_row(f'{what}, paired by seed', label, pair, 'points'), *others]
     margin = f'; equivalent within {smallest_margin(a, b):.1f} points' if gap.n >= MIN_RUNS else ''
-    counts = format_counts(found.arms, dict(zip(norms, (a, b), strict=True)), unit)
+    counts = format_counts(found.variants, dict(zip(norms, (a, b), strict=True)), unit)
     why = f'{what}, {label}: {format_interval(gap, "points")}{margin}; {counts}{pair_words(others)}'
     return Verdict(key, ruling(gap, near), why=why, numbers=table_of(rows), p=float(gap.p), equal_p=float(near), **found.facts())
 
 # %% ../../nbs/results/accuracy.ipynb #879827bb
 def lr_noise(
-    arms:list[Arm],             # of one setting
+    variants:list[Variant],     # of one setting
     runs:pandas.DataFrame,      # final runs there
 )->tuple|None:                  # points of a percent: smallest and largest; None = no learning rates a factor of two apart
-    "How far a factor of two in the learning rate moves the test accuracy of one arm and seed"
+    "How far a factor of two in the learning rate moves the test accuracy of one variant and seed"
     moved = []
-    for arm in arms:
-        own = runs[(runs.norm == arm.norm) & (runs.init == arm.init) & (runs.zero_init == arm.zero_init) & runs.top1.notna()]
+    for variant in variants:
+        own = runs[(runs.norm == variant.norm) & (runs.init == variant.init) & (runs.zero_init == variant.zero_init) & runs.top1.notna()]
         for (_, a), (_, b) in itertools.combinations(own.iterrows(), 2):
             if a.seed == b.seed and abs(abs(math.log2(a.lr/b.lr))-1) < 0.1: moved.append(abs(a.top1-b.top1))
     return (min(moved), max(moved)) if moved else None
@@ -85,7 +87,7 @@ def noise_words(
     "The noise of tuning as text"
     found = best_comparison(runs, norms)
     group = next(group for setting, group in grouped(runs) if setting == found.setting)
-    noise = {norm: lr_noise([arm for arm in found.others if arm.norm == norm], group) for norm in norms}
+    noise = {norm: lr_noise([variant for variant in found.others if variant.norm == norm], group) for norm in norms}
     said = [f'that of one run of {norm} by {ends[0]:.1f} to {ends[1]:.1f} points' for norm, ends in noise.items() if ends]
     return f"; a factor of two in lr moves {', '.join(said)}" if said else ''
 
@@ -93,7 +95,7 @@ def noise_words(
 @claim('C1', 'Test accuracy', tag='paper', figure='final_accuracy',
        sentence='G&G state that the final test accuracy of weight normalization, with ResNet-50 on ImageNet, is about 6 % (absolute) below '
                 'that of batch normalization.',
-       observable='Final top1 on the test images, bn minus wn, equal recipe, each with the arm and lr that were best on the hold-out '
+       observable='Final top1 on the test images, bn minus wn, equal recipe, each with the variant and lr that were best on the hold-out '
                   'split; Welch over seeds.',
        rule='Our choice: supported if the 95 % interval of the gap lies above 0, contradicted if below 0, equivalent if two one-sided '
             'tests place it inside ±1 point, undecided '
@@ -113,9 +115,9 @@ def decide_c1(key, runs, folder=None):
 TRAIN_CEILING = 99.5  # percent of the training images; our choice
 
 def at_ceiling(
-    values,     # training accuracies of one arm, percent
+    values,     # training accuracies of one variant, percent
 )->bool:
-    "Is it not shown that the training accuracy of this arm is below 99.5 %?"
+    "Is it not shown that the training accuracy of this variant is below 99.5 %?"
     e = mean_interval(values)
     return bool((e.high if e.n >= MIN_RUNS else e.value) >= TRAIN_CEILING)
 
@@ -123,10 +125,10 @@ def ceiling_words(
     found:Comparison,   # of two schemes
 )->str:                 # '' = one of them is shown to be below the ceiling, or nothing is on record
     "That neither is shown to be below the ceiling, with both training accuracies"
-    values = {norm: arm.done.train_top1.dropna() for norm, arm in found.arms.items()}
+    values = {norm: variant.done.train_top1.dropna() for norm, variant in found.variants.items()}
     if not all(len(v) and at_ceiling(v) for v in values.values()): return ''
     accuracies = ', '.join(f'{norm} {format_mean(v)}' for norm, v in values.items())
-    return f'neither arm is shown to be below {TRAIN_CEILING:g} % of the training images ({accuracies})'
+    return f'neither variant is shown to be below {TRAIN_CEILING:g} % of the training images ({accuracies})'
 
 # %% ../../nbs/results/accuracy.ipynb #dc270740
 @claim('C2', 'Training accuracy', tag='paper', figure='training_curves',
@@ -139,9 +141,9 @@ def ceiling_words(
 def decide_c2(key, runs, folder=None):
     verdict = gap_claim(key, runs, ('wn', 'bn'), 'train_top1', lambda mine: mine.train_top1)
     if verdict.verdict == 'not tested': return verdict
-    arms = best_comparison(runs, ('wn', 'bn')).arms
-    ends = {norm: [c.running[-1][1] for c in courses(arm.done, folder) if c.running] for norm, arm in arms.items()}
-    losses = {norm: arm.done.train_loss.dropna() for norm, arm in arms.items()}
+    variants = best_comparison(runs, ('wn', 'bn')).variants
+    ends = {norm: [c.running[-1][1] for c in read_histories(variant.done, folder) if c.running] for norm, variant in variants.items()}
+    losses = {norm: variant.done.train_loss.dropna() for norm, variant in variants.items()}
     rows, said = [], verdict.why
     for what, values, unit in (('train_loss', losses, 'nats'), ('running accuracy', ends, '%')):
         if not all(map(len, values.values())): continue
@@ -164,7 +166,7 @@ def decide_c2(key, runs, folder=None):
 def decide_c4(key, runs, folder=None):
     verdict = gap_claim(key, runs, ('wn', 'bn'), 'train_top1 - top1', lambda mine: mine.train_top1-mine.top1, 'points')
     if verdict.verdict == 'not tested' or not (full := ceiling_words(found := best_comparison(runs, ('wn', 'bn')))): return verdict
-    more, less = (welch(*(found.arms[norm].done[what].dropna() for norm in norms)).value
+    more, less = (welch(*(found.variants[norm].done[what].dropna() for norm in norms)).value
                   for what, norms in (('train_top1', ('wn', 'bn')), ('top1', ('bn', 'wn'))))
     return replace(verdict, verdict='not testable here', note=f'same as C1 but for {abs(more):.1f} points', p=math.nan, equal_p=math.nan,
                    why=f'{full}; this is the gap of C1 ({less:.2f} points) but for {more:.2f} points of training accuracy; {verdict.why}')
@@ -176,19 +178,19 @@ def grid_cells(
     runs:pandas.DataFrame,      # table of runs
     norm:str,                   # scheme
     setting:dict,               # of the comparison without further regularisers
-)->list[tuple[dict,Arm]]:       # setting and arm of each cell that has finished runs
+)->list[tuple[dict,Variant]]:   # setting and variant of each cell that has finished runs
     "A scheme's cells of dropout and weight decay, all else equal"
     groups = grouped(runs)
     tried, found = candidates(groups), []
     for cell, group in groups:
         if not is_whole(cell) or any(cell[name] != setting[name] for name in setting if name not in REGULARIZERS): continue
-        arm = representative(arms_of(group[group.norm == norm], tried.get(matching(cell))), norm)
-        if arm and len(arm.done): found.append((cell, arm))
+        variant = representative(variants_of(group[group.norm == norm], tried.get(matching(cell))), norm)
+        if variant and len(variant.done): found.append((cell, variant))
     return found
 
 def best_cell(
     cells:list,     # as `grid_cells` finds them
-)->tuple|None:      # setting and arm; None where fewer than two cells have hold-out records
+)->tuple|None:      # setting and variant; None where fewer than two cells have hold-out records
     "The cell that the hold-out split chooses"
     scored = [cell for cell in cells if cell[1].budget.n]
     return max(scored, key=lambda cell: (cell[1].budget.epochs, cell[1].budget.score)) if len(scored) > 1 else None
@@ -228,8 +230,8 @@ def cell_rows(
     cells:list, # as `grid_cells` finds them
 )->list[dict]:  # rows of a verdict's table
     "Test and training accuracy of every cell"
-    return [number_row(f'{what} at {cell_name(cell)}', norm, mean_interval(arm.done[what].dropna()), '%')
-            for cell, arm in cells for what in ('top1', 'train_top1')]
+    return [number_row(f'{what} at {cell_name(cell)}', norm, mean_interval(variant.done[what].dropna()), '%')
+            for cell, variant in cells for what in ('top1', 'train_top1')]
 
 # %% ../../nbs/results/accuracy.ipynb #2d5cd89b
 @claim('C5', 'Standard regularisers', tag='paper', figure='regularizers',
@@ -243,22 +245,22 @@ def cell_rows(
 def decide_c5(key, runs, folder=None):
     first, found = decide_c1('C1', runs), best_comparison(runs, ('bn', 'wn'))
     if first.verdict == 'not tested': return not_tested(key, first.why)
-    cells = {norm: grid_cells(runs, norm, found.setting) for norm in found.arms}
-    used = [run for own in cells.values() for _, arm in own for run in arm.runs.run]  # of all cells, for their figure
+    cells = {norm: grid_cells(runs, norm, found.setting) for norm in found.variants}
+    used = [run for own in cells.values() for _, variant in own for run in variant.runs.run]  # of all cells, for their figure
     if first.verdict != 'supported': return replace(first, key=key, verdict='not testable here', note='C1 is not supported', p=math.nan,
                                                     equal_p=math.nan, numbers=table_of([]), runs=used,
                                                     why=f'C1 is {first.verdict} here, so there is no gap that a regulariser could close')
     best = {norm: best_cell(own) for norm, own in cells.items()}
     if not all(best.values()): return replace(not_tested(key, NO_GRID), runs=used)
-    stars = {norm: arm.done.top1 for norm, (_, arm) in best.items()}
-    verdict, p, recovery, ahead = recovery_ruling(stars['wn'], found.arms['wn'].done.top1, stars['bn'])
+    stars = {norm: variant.done.top1 for norm, (_, variant) in best.items()}
+    verdict, p, recovery, ahead = recovery_ruling(stars['wn'], found.variants['wn'].done.top1, stars['bn'])
     rows = [row for norm, own in cells.items() for row in cell_rows(norm, own)]
     rows += [number_row('recovery', 'wn', recovery, 'of the gap'), number_row('top1 at the chosen cells', 'bn - wn', ahead, 'points')]
     at = '; '.join(f'{norm} at {cell_name(cell)}, of {len(cells[norm])} cells, {format_mean(stars[norm])}'
                    for norm, (cell, _) in best.items())
     why = (f"{at} (decay on {found.setting['decay_on']}); recovery of wn {format_interval(recovery, 'of the gap')}; "
            f"bn - wn at these cells {format_interval(ahead, 'points')}")
-    chosen = Comparison(found.setting, {norm: arm for norm, (_, arm) in best.items()}, [])
+    chosen = Comparison(found.setting, {norm: variant for norm, (_, variant) in best.items()}, [])
     return Verdict(key, verdict, why=why, numbers=table_of(rows), p=float(p), **chosen.facts() | dict(runs=used))
 
 # %% ../../nbs/results/accuracy.ipynb #e8898383
@@ -277,10 +279,10 @@ def decide_c9(key, runs, folder=None):
     shallow = table[table.data.isin(['cifar10', 'cifar10-jpeg']) & table.arch.astype(str).str.startswith('cifar10_nv')]
     found = [(norm, c) for norm in WN_FAMILY if (c := best_comparison(shallow, ('bn', norm)))]
     if not found: return not_tested(key, 'no setting has finished runs of bn and a WN-type scheme on CIFAR-10 with cifar10_nv')
-    norm, best = max(found, key=lambda item: (item[1].arms[item[0]].budget.epochs,
-                                              item[1].arms[item[0]].budget.score if item[1].arms[item[0]].budget.n else 0.))
+    norm, best = max(found, key=lambda item: (item[1].variants[item[0]].budget.epochs,
+                                              item[1].variants[item[0]].budget.score if item[1].variants[item[0]].budget.n else 0.))
     verdict = gap_claim(key, shallow, (norm, 'bn'), 'top1', lambda mine: mine.top1)
-    trained = {name: c.arms[name].done.train_top1 for name, c in [('bn', best), *found]}
+    trained = {name: c.variants[name].done.train_top1 for name, c in [('bn', best), *found]}
     fitted = all(v.mean() >= TRAIN_CEILING for v in trained.values())
     ends = '; '.join(f'{name} {format_mean(v.dropna())} of the training images' for name, v in trained.items())
     return replace(verdict, kind='analogue', verdict='undecided' if verdict.verdict == 'supported' and not fitted else verdict.verdict,
@@ -294,7 +296,7 @@ def against_bn(
     rows = []
     for norm in sorted(set(complete(runs).norm)-{'bn'}):
         for found in comparisons(runs, ('bn', norm)):
-            bn, own = found.arms['bn'], found.arms[norm]
+            bn, own = found.variants['bn'], found.variants[norm]
             gap = welch(bn.done.top1, own.done.top1)
             rows.append({'scheme': own.name, 'bn': bn.name, 'n': f'{len(bn.done)}, {len(own.done)}', 'bn minus scheme': gap.value,
                          'low': gap.low, 'high': gap.high,

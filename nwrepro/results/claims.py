@@ -9,7 +9,7 @@ __all__ = ['CLAIMS', 'HOLM_FAMILY', 'adjusted', 'judge']
 import math
 from dataclasses import replace
 import pandas
-import nwrepro.results.accuracy, nwrepro.results.costs, nwrepro.results.courses, nwrepro.results.stability  # each registers its claims
+import nwrepro.results.accuracy, nwrepro.results.costs, nwrepro.results.histories, nwrepro.results.stability  # each registers its claims
 from .statistics import holm
 from .verdicts import ALPHA, REGISTER, Verdict, table_of
 

@@ -14,7 +14,7 @@ import pandas
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from .accuracy_figures import POINTS_LEGEND, run_values
-from .arms import comparable, ended_first, is_whole
+from .variants import comparable, ended_first, is_whole
 from .figures import Picture, RunCache, format_values, runs_caption, scheme_style, tidy_runs
 from .verdicts import kind_of
 from ..training.recipe import tuned_table
@@ -23,7 +23,7 @@ from ..training.runs import RESULTS
 # %% ../../nbs/results/lr_figures.ipynb #ra7e5002
 def largest_comparable(
     runs:pandas.DataFrame,  # as `load_runs` gives it
-    held:bool,              # scored on images held out, or on the test images
+    held:bool,              # evaluated on the hold-out split, or on the test images
     apart:tuple,            # names in `SETTING` that may differ too
 )->pandas.DataFrame:        # tidy; empty where there is none
     "The largest group of complete runs that differ only in scheme, init, lr, seed and `apart`, the paper's own setting first"
@@ -37,56 +37,56 @@ def largest_comparable(
 def init_label(
     runs:pandas.DataFrame,  # tidy
 )->pandas.Series:           # of text, 'torch, zero_init'
-    "Init of each run, and whether its branches began at 0"
+    "Init of each run, and whether its residual branches are zero-init"
     return runs['init'].astype(object).fillna('')+runs['zero_init'].map(lambda zero: ', zero_init' if zero is True else '')
 
 # %% ../../nbs/results/lr_figures.ipynb #ra7e5009
 def tuning_runs(
     runs:pandas.DataFrame,  # as `load_runs` gives it
-)->pandas.DataFrame:        # tidy; empty where none was scored on images held out
-    "The runs behind the learning rates, of any length"
+)->pandas.DataFrame:        # tidy; empty where none was evaluated on a hold-out split
+    "The runs by which learning rates were chosen, of any number of epochs"
     return largest_comparable(runs, True, ('epochs', 'zero_init'))
 
 def lr_numbers(
     runs:pandas.DataFrame,  # tidy
-)->pandas.DataFrame:        # a row per scheme, start, length and rate; only where several rates were tried
+)->pandas.DataFrame:        # a row per scheme, init, epochs and lr; only where several were tried
     "Accuracy by learning rate"
-    rows, runs = [], runs.assign(start=init_label(runs))
-    several = runs[runs.groupby(['norm', 'start'])['lr'].transform('nunique') > 1]  # over all numbers of epochs
-    for (norm, start, epochs), own in several.groupby(['norm', 'start', 'epochs'], sort=False):
-        rows += [dict(scheme=norm, start=start, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(),
+    rows, runs = [], runs.assign(init=init_label(runs))
+    several = runs[runs.groupby(['norm', 'init'])['lr'].transform('nunique') > 1]  # over all numbers of epochs
+    for (norm, init, epochs), own in several.groupby(['norm', 'init', 'epochs'], sort=False):
+        rows += [dict(scheme=norm, init=init, epochs=epochs, lr=lr, n=len(part), diverged=(part['status'] == 'diverged').sum(),
                       top1=part['top1'].mean())
                  for lr, part in own.groupby('lr')]
-    return pandas.DataFrame(rows, columns=['scheme', 'start', 'epochs', 'lr', 'n', 'diverged', 'top1'])
+    return pandas.DataFrame(rows, columns=['scheme', 'init', 'epochs', 'lr', 'n', 'diverged', 'top1'])
 
 # %% ../../nbs/results/lr_figures.ipynb #ra7e5007
 def plot_lrs(
     numbers:pandas.DataFrame,  # as `lr_numbers` makes it
-    chosen:dict,               # (scheme, start) -> rate to mark
+    chosen:dict,               # (scheme, init) -> learning rate to mark
 )->Figure:
     "Accuracy by learning rate, a panel per scheme"
     schemes, longest = list(numbers['scheme'].unique()), numbers['epochs'].max()
-    headroom = 1.2+0.1*numbers.groupby('scheme')['start'].nunique().max()  # for the legends
+    headroom = 1.2+0.1*numbers.groupby('scheme')['init'].nunique().max()  # for the legends
     rows, columns = math.ceil(len(schemes)/3), min(3, len(schemes))
     fig, axs = plt.subplots(rows, columns, figsize=(3*columns+0.5, 3*rows+0.3), layout='constrained', sharex=True, sharey=True,
                             squeeze=False)
     for ax in axs.flat[len(schemes):]: ax.set_axis_off()
     for ax, norm in zip(axs.flat, schemes):
         mine = numbers[numbers['scheme'] == norm]
-        styles = dict(zip(sorted(mine['start'].unique()), itertools.cycle(('-', '--', ':', '-.'))))
-        for (start, epochs), own in mine.groupby(['start', 'epochs'], sort=False):
+        styles = dict(zip(sorted(mine['init'].unique()), itertools.cycle(('-', '--', ':', '-.'))))
+        for (init, epochs), own in mine.groupby(['init', 'epochs'], sort=False):
             how = dict(ms=8, mfc='none') if epochs == longest and numbers['epochs'].nunique() > 1 else dict(ms=4)
-            named = start in ax.get_legend_handles_labels()[1]
-            ax.semilogx(own['lr'], own['top1'], ls=styles[start], label=None if named else start, **how, **scheme_style(norm))
+            named = init in ax.get_legend_handles_labels()[1]
+            ax.semilogx(own['lr'], own['top1'], ls=styles[init], label=None if named else init, **how, **scheme_style(norm))
             lost = own[own['diverged'] > 0]
             ax.plot(lost['lr'], [0]*len(lost), 'kx')
-        for (scheme, start), lr in chosen.items():
-            if scheme == norm and start in styles: ax.axvline(lr, color='0.7', ls=styles[start], zorder=0)
+        for (scheme, init), lr in chosen.items():
+            if scheme == norm and init in styles: ax.axvline(lr, color='0.7', ls=styles[init], zorder=0)
         ax.set(title=norm, xlabel='learning rate', ylim=(-3, headroom*(numbers['top1'].fillna(0).max() or 70)))
         ax.xaxis.set(major_locator=LogLocator(subs=(1, 3)), major_formatter='{x:g}', minor_formatter='')
         ax.xaxis.set_tick_params(labelbottom=True, labelsize=7)
         ax.legend(fontsize=7, loc='upper left', handlelength=3)
-    fig.supylabel('top-1 on images held out, percent', fontsize='medium')
+    fig.supylabel('top-1 on the hold-out split, percent', fontsize='medium')
     plt.close(fig)
     return fig
 
@@ -94,17 +94,18 @@ def plot_lrs(
 def learning_rates(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     cache:RunCache,         # where their records are
-)->Picture|None:            # None where no start met several rates on images held out
+)->Picture|None:            # None where no init was run at several learning rates on a hold-out split
     "How the learning rates were chosen"
     runs = tuning_runs(runs)
     found = lr_numbers(runs)
     if not len(found): return None
-    began = dict(zip(runs['run'], init_label(runs), strict=True))
+    inits = dict(zip(runs['run'], init_label(runs), strict=True))
     tuned_by = [(row, row['runs'].split()) for row in tuned_table()]
-    chosen = {(row['norm'], began[used[0]]): float(row['lr']) for row, used in tuned_by if used and set(used) <= set(began)}
-    return Picture(plot_lrs(found, chosen), 'Accuracy after the last epoch on training images that were held out. Open markers: the longer '
+    chosen = {(row['norm'], inits[used[0]]): float(row['lr']) for row, used in tuned_by if used and set(used) <= set(inits)}
+    return Picture(plot_lrs(found, chosen), 'Accuracy after the last epoch on the hold-out split. Open markers: the longer '
                                             'runs; crosses: runs that diverged; '
-                   f'vertical lines: the rates that `lr = tuned` reads, in the style of their start. {runs_caption(runs, cache)}', found)
+                   f'vertical lines: the learning rates that `lr = tuned` reads, in the style of their init. {runs_caption(runs, cache)}',
+                   found)
 
 # %% ../../nbs/results/lr_figures.ipynb #st4r7002
 CONDITIONS = ('warmup_epochs', 'grad_clip')
@@ -133,38 +134,38 @@ def unusual_conditions(
 def init_and_conditions(
     runs:pandas.DataFrame,  # tidy
 )->pandas.Series:           # of text, 'torch, zero_init, grad_clip 1'
-    "All that a run began with: init, branches, and warm-up and clipping where they are not those of most"
+    "Init, zero-init, and warm-up and clipping where they are not those of most runs"
     return (init_label(runs)+', '+unusual_conditions(runs)).str.removesuffix(', ')
 
 # %% ../../nbs/results/lr_figures.ipynb #st4r7008
 def final_runs(
     runs:pandas.DataFrame,  # as `load_runs` gives it
-)->pandas.DataFrame:        # tidy; empty where none was scored on the test images
-    "The runs that show what starts came to"
+)->pandas.DataFrame:        # tidy; empty where none was evaluated on the test images
+    "The complete runs by which inits are compared"
     return largest_comparable(runs, False, ('zero_init', *CONDITIONS))
 
 def init_numbers(
     runs:pandas.DataFrame,  # tidy
-)->pandas.DataFrame:        # per scheme, start, rate and kind of images: rows as `run_values` makes them
-    "Accuracy of every start, on test and on training images"
+)->pandas.DataFrame:        # per scheme, init, lr and split: rows as `run_values` makes them
+    "Accuracy of every init, on test and on training images"
     norms, rows = runs['norm'].unique().tolist(), []
-    for (norm, begun, lr), own in sorted(runs.groupby(['norm', init_and_conditions(runs), 'lr']),
+    for (norm, label, lr), own in sorted(runs.groupby(['norm', init_and_conditions(runs), 'lr']),
                                          key=lambda group: (norms.index(group[0][0]), *group[0][1:])):
         own = ended_first(own).drop_duplicates('seed')
         for name, images in (('top1', 'test'), ('train_top1', 'training')):
             found = run_values(own, own[name])
             if not len(found): found = pandas.DataFrame([dict(what='mean', scheme=norm, n=0, value=math.nan, low=math.nan, high=math.nan,
                                                               unit='percent')])
-            rows.append(found.assign(images=images, start=begun, lr=lr, started=len(own)))
-    return pandas.concat(rows, ignore_index=True)[['images', 'scheme', 'start', 'lr', 'started', 'what', 'n', 'value', 'low', 'high',
+            rows.append(found.assign(images=images, init=label, lr=lr, started=len(own)))
+    return pandas.concat(rows, ignore_index=True)[['images', 'scheme', 'init', 'lr', 'started', 'what', 'n', 'value', 'low', 'high',
                                                    'unit']] if rows else pandas.DataFrame()
 
 # %% ../../nbs/results/lr_figures.ipynb #st4r7005
 def plot_inits(
     numbers:pandas.DataFrame,  # as `init_numbers` makes it
 )->Figure:
-    "Accuracy by start, a row each; test images left, training images right"
-    rows = list(numbers.groupby(['scheme', 'start', 'lr'], sort=False))
+    "Accuracy by init, a row each; test images left, training images right"
+    rows = list(numbers.groupby(['scheme', 'init', 'lr'], sort=False))
     fig, axs = plt.subplots(1, 2, figsize=(9, 1+0.3*len(rows)), layout='constrained', sharey=True)
     for ax, images in zip(axs, ('test', 'training')):
         for y, ((norm, _, _), own) in enumerate(rows):
@@ -174,8 +175,8 @@ def plot_inits(
             ax.hlines([y]*len(mean), mean['low'], mean['high'], color=scheme_style(norm)['color'], lw=2)
         ax.grid(axis='y', color='0.9')
         ax.set(xlabel=f'top-1 on {images} images, percent')
-    names = [f"{norm}, {start}, lr {lr:g}  ({own.loc[own['what'] == 'mean', 'n'].max()} of {own['started'].max()})"
-             for (norm, start, lr), own in rows]
+    names = [f"{norm}, {init}, lr {lr:g}  ({own.loc[own['what'] == 'mean', 'n'].max()} of {own['started'].max()})"
+             for (norm, init, lr), own in rows]
     axs[0].set(yticks=range(len(rows)), yticklabels=names, ylim=(len(rows)-0.5, -0.5))
     plt.close(fig)
     return fig
@@ -184,16 +185,16 @@ def plot_inits(
 def accuracy_by_init(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     cache:RunCache,         # where their records are
-)->Picture|None:            # None where no scheme ended from several starts or at several rates
-    "What every scheme came to from every start"
+)->Picture|None:            # None where no scheme has several inits or learning rates
+    "Accuracy of every scheme from every init"
     whole = [group for setting, group in comparable(runs) if is_whole(setting)]
     runs = final_runs(runs)
     found = init_numbers(runs)
-    if not len(found) or not (found['n'] > 0).any() or found.groupby('scheme')[['start', 'lr']].nunique().max().max() < 2: return None
+    if not len(found) or not (found['n'] > 0).any() or found.groupby('scheme')[['init', 'lr']].nunique().max().max() < 2: return None
     usual, rest = ' and '.join(usual_conditions(runs)), pandas.concat(whole).query('run not in @runs.run')
     arch, data = format_values(rest['arch']), format_values(rest['data'])
     left = f' Not drawn, as they differ in more: {len(rest)} of {arch} on {data}.' if len(rest) else ''
-    return Picture(plot_inits(found), f'Accuracy after the last epoch by start (init; `zero_init`: residual branches begin at 0), rate, '
+    return Picture(plot_inits(found), f'Accuracy after the last epoch by init (`zero_init`: zero-init residuals), learning rate, '
                                       f'warm-up and clipping ({usual} unless said otherwise), '
                    f'with the number of runs that finished, of those started. {POINTS_LEGEND} {runs_caption(runs, cache)}{left}', found)
 
@@ -204,8 +205,8 @@ def limit_numbers(
     "Which learning rates learn and which do not diverge; an init whose seeds had one learning rate each shows no limit, and is left out"
     ended, rows = runs[runs['status'].isin(RESULTS)].fillna(dict(init='init not recorded')), []
     norms = ended['norm'].unique().tolist()
-    arms = ended.groupby(['norm', init_label(ended).rename('init'), unusual_conditions(ended).rename('under')], sort=False)
-    for (norm, init, under), own in sorted(arms, key=lambda arm: (norms.index(arm[0][0]), arm[0][2] != '')):
+    variants = ended.groupby(['norm', init_label(ended).rename('init'), unusual_conditions(ended).rename('under')], sort=False)
+    for (norm, init, under), own in sorted(variants, key=lambda variant: (norms.index(variant[0][0]), variant[0][2] != '')):
         if own.groupby('seed')['lr'].nunique().max() < 2: continue
         who, finished = dict(scheme=norm, init=init, conditions=under), own['status'] == 'finished'
         kinds = {'learns': finished & (own['verdict'] == 'learning'), 'does not diverge': finished}
@@ -222,9 +223,9 @@ def plot_limits(
 )->Figure:
     "Share of probes that learn, and both limits of each seed"
     inits, names = numbers.groupby('scheme')['init'].unique(), []
-    arms = numbers.groupby(['scheme', 'init', 'conditions'], sort=False)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, max(3.6, 1.4+0.25*arms.ngroups)), layout='constrained')
-    for (norm, init, under), own in arms:
+    variants = numbers.groupby(['scheme', 'init', 'conditions'], sort=False)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, max(3.6, 1.4+0.25*variants.ngroups)), layout='constrained')
+    for (norm, init, under), own in variants:
         names.append(', '.join(filter(None, [norm, init if len(inits[norm]) > 1 else '', under])))
         share = own[own['what'] == 'share']
         if not under: left.semilogx(share['lr'], 100*share['share'], ls=('-', '--', ':')[list(inits[norm]).index(init) % 3],

@@ -18,7 +18,7 @@ from urllib.parse import quote
 import jinja2, pandas
 from markupsafe import Markup, escape
 from .accuracy import against_bn
-from .arms import by_setting, comparable, complete, is_whole
+from .variants import by_setting, comparable, complete, is_whole
 from .claims import CLAIMS
 from ..training.data import project_root
 from .claim_figures import claim_picture, figure_function

@@ -10,7 +10,7 @@ __all__ = ['CONV_MARKERS', 'probed_runs', 'depth_numbers', 'plot_depths', 'signa
 import matplotlib.pyplot as plt
 import pandas
 from matplotlib.figure import Figure
-from .courses import gains, place_in_block
+from .histories import gains, place_in_block
 from .figures import Picture, RunCache, evenly_spaced, representative_runs, runs_caption, scheme_style, tidy_runs
 
 # %% ../../nbs/results/probe_figures.ipynb #8e57091a
@@ -30,7 +30,7 @@ def depth_numbers(
     cache:RunCache,         # where their records are
     most:int=6,             # probes per run, first and last among them
 )->pandas.DataFrame:        # a row per scheme, epoch and residual block
-    "RMS and vector length of every residual block's output"
+    "RMS and norm of every residual block's output"
     parts = []
     for norm, name in zip(runs['norm'], runs['run'], strict=True):
         probes = cache.events(name, 'probe').reindex(columns=['epoch', 'outputs']).dropna()

@@ -64,7 +64,7 @@ def plot_images(
 def plot_signal(
     run:Record,  # a run on disk
 )->Figure:
-    "RMS and vector length of each residual block's output, one line for each of at most ten probes"
+    "RMS and norm of each residual block's output, a line per probe, at most ten"
     metrics = run.metrics()
     fig, axs = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     probes = metrics[metrics['event'] == 'probe']
@@ -75,7 +75,7 @@ def plot_signal(
         for ax, size in zip(axs, ('rms', 'l2'), strict=True):
             ax.semilogy(range(1, len(blocks)+1), [outputs[size][i] for i in blocks], '.-', color=shade, label=f'epoch {epoch:g}')
     stages = [outputs['layer'][i].split('.')[0] for i in blocks]
-    for ax, label in zip(axs, ('RMS of the output', 'length of the output vector'), strict=True):
+    for ax, label in zip(axs, ('RMS of the output', 'norm of the output'), strict=True):
         for k in range(1, len(stages)):
             if stages[k] != stages[k-1]: ax.axvline(k+0.5, color='0.8', ls=':', zorder=0)
         ax.set(xlabel='residual block', ylabel=label)
@@ -88,10 +88,10 @@ def plot_signal(
 def plot_grad_history(
     summary:dict,  # of a run that diverged
 )->Figure:
-    "Gradient length over the steps before a divergence"
-    history = [float('nan') if length is None else float(length) for length in summary['grad_history']]
+    "Gradient norm over the steps before a divergence"
+    history = [float('nan') if norm is None else float(norm) for norm in summary['grad_history']]
     fig, ax = plt.subplots(figsize=(5, 3), layout='constrained')
     ax.semilogy(range(summary['diverged_step']-len(history)+1, summary['diverged_step']+1), history, '.-', color='k')
-    ax.set(xlabel='step', ylabel='length of the gradient', title=f"{summary['norm']}, lr {summary['lr']:g}: {summary['diverged_reason']}")
+    ax.set(xlabel='step', ylabel='gradient norm', title=f"{summary['norm']}, lr {summary['lr']:g}: {summary['diverged_reason']}")
     plt.close(fig)
     return fig

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NO_LADDER', 'full_lr_steps', 'is_ladder', 'limits_of', 'limits', 'limit_gap', 'factor_words', 'limit_rows',
-           'short_probes', 'stuck_words', 'judged_arms', 'ladder_rank', 'ratio_rows', 'decide_c6']
+           'short_probes', 'stuck_words', 'compared_variants', 'ladder_rank', 'ratio_rows', 'decide_c6']
 
 # %% ../../nbs/results/stability.ipynb #763cc816
 import math
 from dataclasses import replace
 import numpy, pandas
 from .accuracy import WN_FAMILY
-from .arms import ARM, complete, ended_first, grouped
+from .variants import VARIANT, complete, ended_first, grouped
 from ..training.runs import RESULTS
 from .statistics import MIN_RUNS, Estimate, mean_interval, threshold_gap
 from ..methods.schemes import SCHEMES
@@ -37,7 +37,7 @@ def is_ladder(
 
 # %% ../../nbs/results/stability.ipynb #3fc316d4
 def limits_of(
-    probes:pandas.DataFrame,    # of one arm, comparable
+    probes:pandas.DataFrame,    # of one variant, comparable
 )->pandas.DataFrame:            # a row per seed: `below` (0: none learns), `above` (inf: none tried), `no_divergence`
     "Between which learning rates each seed stops learning, and the largest at which it does not diverge"
     ended = ended_first(probes[probes.status.isin(RESULTS) & (probes.lr > 0)]).drop_duplicates(['lr', 'seed'])
@@ -53,16 +53,16 @@ def limits_of(
 def limits(
     group:pandas.DataFrame,     # probes of one setting
 )->dict:                        # (scheme, init, zero-init) -> `limits_of`, of those that have a ladder
-    "The limits of every arm"
-    found = {names: limits_of(own) for names, own in group.groupby(list(ARM), sort=False)}
+    "The limits of every variant"
+    found = {names: limits_of(own) for names, own in group.groupby(list(VARIANT), sort=False)}
     return {names: own for names, own in found.items() if len(own)}
 
 # %% ../../nbs/results/stability.ipynb #fadfcb18
 def limit_gap(
-    a:pandas.DataFrame,     # limits of one arm, as `limits_of` finds them
+    a:pandas.DataFrame,     # limits of one variant, as `limits_of` finds them
     b:pandas.DataFrame,     # of another
 )->Estimate:                # of ln limit of `a` minus that of `b`
-    "How much higher a learning rate one arm trains at"
+    "How much higher a learning rate one variant trains at"
     def brackets(own): return tuple(zip(own.below.astype(float), own.above.astype(float), strict=True))
     return threshold_gap(brackets(a), brackets(b))
 
@@ -77,12 +77,12 @@ def factor_words(
     return f'the lr at which bn learns is {known} times as high' if known else 'the ladders are open, which says nothing'
 
 def limit_rows(
-    arm:tuple,                  # scheme, init, zero-init
+    variant:tuple,              # scheme, init, zero-init
     own:pandas.DataFrame,       # its limits
     words:str='',               # to follow what is measured
 )->list[dict]:
-    "What an arm's seeds come to, as means in ln lr; the learning rate without divergence decides nothing"
-    norm, init, zero = arm
+    "What a variant's seeds come to, as means in ln lr; the learning rate without divergence decides nothing"
+    norm, init, zero = variant
     def row(what, values):
         with numpy.errstate(divide='ignore', invalid='ignore'): e = mean_interval(numpy.log(values.astype(float)))
         return number_row(f"{what}{words}", f"{norm} ({init}{', zero-init' if zero else ''})", Estimate(e.n, *map(numpy.exp, e[1:4])), 'lr')
@@ -107,59 +107,63 @@ def stuck_words(
     return (f'; {len(short)} probes are on record that spent fewer than {PROBE_STEPS} steps at full lr: '
             f'of those that did not diverge, these learned: {by}')
 
-def judged_arms(
+def compared_variants(
     runs:pandas.DataFrame,      # table of runs
-    found:dict,                 # limits by arm, of one setting
-)->dict:                        # scheme -> arm among those; the arm of the primary comparison, else the scheme's own init
-    "The arms whose limits are compared"
+    found:dict,                 # limits by variant, of one setting
+)->dict:                        # scheme -> variant among those; the variant of the primary comparison, else the scheme's own init
+    "The variants whose limits are compared"
     best = best_comparison(runs, ('bn', 'wn'))
-    arms = {norm: (arm.norm, arm.init, arm.zero_init) for norm, arm in best.arms.items()} if best else {norm: (norm, SCHEMES[norm].inits[0],
+    variants = {norm: (variant.norm, variant.init, variant.zero_init) for norm, variant in best.variants.items()} if best else {norm: (norm,
+        SCHEMES[norm].inits[0],
         False) for norm in ('bn', 'wn')}
-    return {norm: arm for norm, arm in arms.items() if arm in found}
+    return {norm: variant for norm, variant in variants.items() if variant in found}
 
 # %% ../../nbs/results/stability.ipynb #2b7fafb3
-NO_LADDER = ('no setting has a ladder of the arms of bn and wn that are compared; `papermill nbs/sweep.ipynb reports/ladder.ipynb -p grid '
+NO_LADDER = ('no setting has a ladder of the variants of bn and wn that are compared; `papermill nbs/sweep.ipynb reports/ladder.ipynb -p '
+             'grid '
              'survival '
              "-y '{norm: [bn, wn], seed: [0, 1, 2, 3, 4]}'` makes one")
 
 def ladder_rank(
-    candidate:tuple,    # setting, its probes, limits by arm, the arms that are compared
+    candidate:tuple,    # setting, its probes, limits by variant, the variants that are compared
 )->tuple:
     "Which ladder is judged: three seeds of each, then the paper's own setting, then the largest, then without clipping"
-    setting, group, own, arms = candidate
-    seeds = min(len(own[arm]) for arm in arms.values())
+    setting, group, own, variants = candidate
+    seeds = min(len(own[variant]) for variant in variants.values())
     return seeds >= MIN_RUNS, kind_of(setting) == 'claim', len(group), not setting['grad_clip']
 
 def ratio_rows(
-    bn:tuple,       # arm of bn
-    own:dict,       # limits by arm
+    bn:tuple,       # variant of bn
+    own:dict,       # limits by variant
 )->list[dict]:      # rows of a verdict's table
-    "How many times higher the limit of bn is than that of every WN-type arm"
-    ratios = {arm: limit_gap(own[bn], limits) for arm, limits in own.items() if arm[0] in WN_FAMILY}
-    return [number_row('ratio of the largest lr that learn', f'bn / {arm[0]} ({arm[1]})', Estimate(e.n, *map(numpy.exp, e[1:4])), 'times')
-            for arm, e in ratios.items()]
+    "How many times higher the limit of bn is than that of every WN-type variant"
+    ratios = {variant: limit_gap(own[bn], limits) for variant, limits in own.items() if variant[0] in WN_FAMILY}
+    return [number_row('ratio of the largest lr that learn', f'bn / {variant[0]} ({variant[1]})', Estimate(e.n, *map(numpy.exp, e[1:4])),
+                       'times')
+            for variant, e in ratios.items()]
 
 # %% ../../nbs/results/stability.ipynb #2b7fafb4
 @claim('C6', 'Stability', tag='paper', figure='lr_limits',
        sentence='G&G state that training deep networks with WN algorithms is significantly less stable than with batch normalization.',
        observable='The largest lr at which a run of 200 steps at full lr, after any warm-up, learns (mean of its last 50 training losses, '
-                  'with batch statistics, below .95 ln K), per arm and seed, by a ladder from 16 down in factors of 2 '
+                  'with batch statistics, below .95 ln K), per variant and seed, by a ladder from 16 down in factors of 2 '
                   'until two rungs in a row learn; the ratio of bn to wn by interval-censored log-normal thresholds. The largest lr '
                   'without divergence is shown beside it.',
-       rule='Our choice: supported if for the arms of the primary comparison the 95 % interval of bn over wn lies above 1, contradicted if '
+       rule='Our choice: supported if for the variants of the primary comparison the 95 % interval of bn over wn lies above 1, '
+            'contradicted if '
             'below 1, undecided otherwise and with fewer than three seeds of each. '
             'The largest lr without divergence decides nothing: a network that is stuck at chance is not stable.')
 def decide_c6(key, runs, folder=None):
     found = [(setting, group, limits(group)) for setting, group in grouped(runs) if is_ladder(setting)]
-    found = [(setting, group, own, arms) for setting, group, own in found if len(arms := judged_arms(runs, own)) == 2]
+    found = [(setting, group, own, variants) for setting, group, own in found if len(variants := compared_variants(runs, own)) == 2]
     short = short_probes(runs)
     if not found: return replace(not_tested(key, NO_LADDER+stuck_words(short)), runs=list(short.run))
-    setting, group, own, arms = max(found, key=ladder_rank)
-    gap, best = limit_gap(own[arms['bn']], own[arms['wn']]), best_comparison(runs, ('bn', 'wn'))
-    rows = [row for arm, ladder in own.items() for row in limit_rows(arm, ladder)]+ratio_rows(arms['bn'], own)
-    tried = group[group[list(ARM)].apply(tuple, axis=1).isin(arms.values()) & group.status.isin(RESULTS)]
-    why = (f"bn ({arms['bn'][1]}) and wn ({arms['wn'][1]}): {factor_words(gap)}; of {len(tried)} probes "
+    setting, group, own, variants = max(found, key=ladder_rank)
+    gap, best = limit_gap(own[variants['bn']], own[variants['wn']]), best_comparison(runs, ('bn', 'wn'))
+    rows = [row for variant, ladder in own.items() for row in limit_rows(variant, ladder)]+ratio_rows(variants['bn'], own)
+    tried = group[group[list(VARIANT)].apply(tuple, axis=1).isin(variants.values()) & group.status.isin(RESULTS)]
+    why = (f"bn ({variants['bn'][1]}) and wn ({variants['wn'][1]}): {factor_words(gap)}; of {len(tried)} probes "
            f"{(tried.verdict == 'learning').sum()} learned, {(tried.status == 'diverged').sum()} diverged, "
-           f"{sum(own[arm].exceptions.sum() for arm in arms.values())} broke the order of their ladder")
-    doubt = best.facts()['exploratory'] if best else 'no final runs say which arms to compare'
+           f"{sum(own[variant].exceptions.sum() for variant in variants.values())} broke the order of their ladder")
+    doubt = best.facts()['exploratory'] if best else 'no final runs say which variants to compare'
     return Verdict(key, ruling(gap), kind_of(setting), why, table_of(rows), list(group.run), setting_text(setting), doubt, p=float(gap.p))

@@ -177,7 +177,7 @@ def profile(
 def threshold_gap(
     a:tuple,        # (largest lr that works, next higher one that does not) per seed; 0 or infinity where the ladder is open
     b:tuple,        # of another scheme
-)->Estimate:        # `n` of the smaller arm; mean ln threshold of `a` minus that of `b`; infinite ends where a ladder is open; p of no gap
+)->Estimate:        # gap of mean ln thresholds, `a` minus `b`; infinite ends where a ladder is open; p of no gap
     "How much higher a learning rate one scheme trains at, by interval-censored log-normal thresholds"
     n, total = min(len(a), len(b)), len(a)+len(b)
     if not n: return Estimate(n, math.nan, math.nan, math.nan)

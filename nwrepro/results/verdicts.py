@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 import numpy, pandas
-from .arms import Arm, SETTING, arms_of, budget_words, candidates, complete, exploratory, grouped, is_whole
-from .arms import matching, mixture, representative
+from .variants import Variant, SETTING, variants_of, budget_words, candidates, complete, exploratory, grouped, is_whole
+from .variants import matching, mixture, representative
 from ..training.recipe import RECIPES
 from ..training.runs import NEWER
 from .statistics import MIN_RUNS, Estimate, format_mean
@@ -31,7 +31,7 @@ class Verdict:
     runs:list                   # names of the runs used
     where:str = ''              # setting, and whether that is the claim itself; '' where not tested
     exploratory:str = ''        # why the comparison is exploratory; '' = confirmatory, or nothing was compared
-    budgets:tuple = ()          # per arm that was compared, how its lr was chosen
+    budgets:tuple = ()          # per variant that was compared, how its lr was chosen
     p:float = math.nan          # of no difference
     equal_p:float = math.nan    # of a difference as large as the margin or larger
     note:str = ''               # in a few words, why it is not testable here, or what part of the claim was seen
@@ -107,16 +107,16 @@ def setting_text(
 # %% ../../nbs/results/verdicts.ipynb #fa63a62d
 @dataclass(frozen=True)
 class Comparison:
-    "The setting in which schemes are compared, and their arms"
+    "The setting in which schemes are compared, and their variants"
     setting:dict
-    arms:dict[str,Arm]      # scheme -> the arm that stands for it
-    others:list[Arm]        # all arms of these schemes there
+    variants:dict[str,Variant]  # scheme -> the variant that stands for it
+    others:list[Variant]    # all variants of these schemes there
     @property
-    def runs(self)->list: return [run for arm in self.arms.values() for run in arm.runs.run]
+    def runs(self)->list: return [run for variant in self.variants.values() for run in variant.runs.run]
     def facts(self)->dict:  # of a verdict
-        arms = list(self.arms.values())
-        return dict(kind=kind_of(self.setting), runs=self.runs, where=setting_text(self.setting)+mixture(arms),
-                    exploratory=exploratory(arms, self.setting), budgets=tuple(map(budget_words, arms)))
+        variants = list(self.variants.values())
+        return dict(kind=kind_of(self.setting), runs=self.runs, where=setting_text(self.setting)+mixture(variants),
+                    exploratory=exploratory(variants, self.setting), budgets=tuple(map(budget_words, variants)))
 
 # %% ../../nbs/results/verdicts.ipynb #a68deeb5
 def comparisons(
@@ -128,9 +128,9 @@ def comparisons(
     tried = candidates(groups)
     for setting, group in groups:
         if not is_whole(setting) or not set(norms) <= set(group.norm): continue
-        arms = arms_of(group[group.norm.isin(norms)], tried.get(matching(setting)))
-        chosen = {norm: representative(arms, norm) for norm in norms}
-        if all(len(arm.done) for arm in chosen.values()): found.append(Comparison(setting, chosen, arms))
+        variants = variants_of(group[group.norm.isin(norms)], tried.get(matching(setting)))
+        chosen = {norm: representative(variants, norm) for norm in norms}
+        if all(len(variant.done) for variant in chosen.values()): found.append(Comparison(setting, chosen, variants))
     return found
 
 def best_comparison(
@@ -139,7 +139,7 @@ def best_comparison(
 )->Comparison|None:             # None where no setting has a finished run of each
     "The setting in which schemes are compared"
     def rank(found):
-        seeds = min(len(arm.done) for arm in found.arms.values())
+        seeds = min(len(variant.done) for variant in found.variants.values())
         return seeds >= MIN_RUNS, kind_of(found.setting) == 'claim', seeds, -(found.setting['dropout']
             or 0), sum(found.setting[name] in accepted for name, accepted in PAPER_SETTING.items())
     return max(comparisons(runs, norms), key=rank, default=None)
@@ -207,10 +207,11 @@ def format_interval(
 
 # %% ../../nbs/results/verdicts.ipynb #be15bbae
 def format_counts(
-    arms:dict,      # scheme -> `Arm`
+    variants:dict,  # scheme -> `Variant`
     values:dict,    # scheme -> its values by seed
     unit:str,       # of the values
 )->str:
-    "What each scheme came to, with which arm, and how many of its runs finished"
-    return '; '.join(f'{arms[norm].name} {format_mean(values[norm], unit)} with {len(arms[norm].done)} of {len(arms[norm].runs)} finished'
+    "What each scheme came to, with which variant, and how many of its runs finished"
+    return '; '.join(f'{variants[norm].name} {format_mean(values[norm], unit)} with {len(variants[norm].done)} of '
+                     f'{len(variants[norm].runs)} finished'
                      for norm in values)

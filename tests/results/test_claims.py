@@ -5,17 +5,17 @@ from pathlib import Path
 import numpy, pandas, pytest
 from hypothesis import given, strategies as st
 
-import nwrepro.results.courses
-from nwrepro.results.accuracy import lr_noise, recovery_ruling
-from nwrepro.results.arms import ARM, FREE, SETTING, Arm, Budget, arms_of, budget, by_setting, candidates, comparable, complete, exploratory, grouped, matching, primary, representative
+import nwrepro.results.histories
+from nwrepro.results.accuracy import recovery_ruling
+from nwrepro.results.variants import FREE, SETTING, budget, by_setting, candidates, comparable, complete, grouped, primary
 from nwrepro.results.claims import CLAIMS, HOLM_FAMILY, adjusted, judge
 from nwrepro.results.costs import cost_records
-from nwrepro.results.courses import Course, early, epochs_to, first_block_ratio, gains, growth, premise, rise, running_accuracy, trend_note
+from nwrepro.results.histories import RunHistory, early, epochs_to, first_block_ratio, gains, growth, premise, rise, running_accuracy, trend_note
 from nwrepro.training.probes import layers
 from nwrepro.training.recipe import RECIPES, Recipe
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Run, to_json
-from nwrepro.results.stability import full_lr_steps, is_ladder, limits_of
+from nwrepro.results.stability import limits_of
 from nwrepro.results.statistics import Estimate, mean_interval, smallest_margin, welch
 from nwrepro.experiments.grid import top_rung
 from nwrepro.results.verdicts import Verdict, kind_of, ruling, table_of
@@ -85,7 +85,7 @@ def test_a_seed_counts_once():
     assert decide('C1', BN[:1], WN[:1], BN[:1], WN[:1], BN[:1], WN[:1]).verdict == 'undecided'
 
 
-# arms: what the hold-out split chooses, and test images never
+# variants: what the hold-out split chooses, and test images never
 
 def chosen(*parts, norm='wn'):
     verdict = decide('C1', *parts)
@@ -289,7 +289,7 @@ def test_a_verdict_shows_its_numbers_and_names_its_runs():
 def test_other_pairs_of_arms_stand_beside_with_both_signs():
     other, zero = runs_of('wn', [98.9, 99., 98.8], init='torch'), runs_of('bn', [92.1, 92.3, 92.], zero_init=True)
     found = decide('C1', BN, WN, other, zero, runs_of('wn', [50.], init='data'))
-    assert found.verdict == 'supported' and 'the other 3 pairs of arms: -6.8 (' in found.why and 'bn (torch, zero-init, lr 0.1) - wn (torch, lr 0.1)' in found.why
+    assert found.verdict == 'supported' and 'the other 3 pairs of variants: -6.8 (' in found.why and 'bn (torch, zero-init, lr 0.1) - wn (torch, lr 0.1)' in found.why
     assert (found.numbers.what == 'top1, not compared').sum() == 3 and len(found.runs) == 6
 
 
@@ -303,7 +303,7 @@ def test_where_neither_is_shown_below_the_ceiling_c2_and_c4_have_nothing_to_deci
     full = runs_of('bn', [97.1, 97.4, 96.9], [99.9, 99.7, 100.]), runs_of('wn', [94.0, 93.1, 94.6], [100., 100., 99.9])
     assert [(decide(key, *full).verdict, decide(key, *full).note) for key in ('C1', 'C2', 'C4')] == [('supported', ''),
         ('not testable here', 'neither shown below 99.5 %'), ('not testable here', 'same as C1 but for 0.1 points')]
-    assert all('neither arm is shown to be below 99.5 % of the training images' in decide(key, *full).why
+    assert all('neither variant is shown to be below 99.5 % of the training images' in decide(key, *full).why
                and 'memorized' not in decide(key, *full).why for key in ('C2', 'C4'))
     assert 'this is the gap of C1 (3.23 points) but for 0.10 points of training accuracy' in decide('C4', *full).why
     below = full[0].assign(train_top1=[98.0, 98.2, 97.9]), full[1]
@@ -423,15 +423,16 @@ def test_c8_of_places_that_disagree_is_not_informative(tmp_path):
 
 
 def test_first_and_last_slope_of_a_course():
-    course = Course(growth=tuple((epoch, slope) for epoch, slope in enumerate([0.1, 0.3]+[0.5]*18+[1.])))
-    assert early(course) == pytest.approx((0.1+0.3+0.5)/3) and rise(course) == pytest.approx(1-0.3)
-    assert math.isnan(early(Course())) and math.isnan(rise(Course(growth=((0, 1.),))))
+    history = RunHistory(growth=tuple((epoch, slope) for epoch, slope in enumerate([0.1, 0.3]+[0.5]*18+[1.])))
+    assert early(history) == pytest.approx((0.1+0.3+0.5)/3) and rise(history) == pytest.approx(1-0.3)
+    assert math.isnan(early(RunHistory())) and math.isnan(rise(RunHistory(growth=((0, 1.),))))
 
 
 def test_a_first_block_that_shrinks_or_does_not_is_told():
-    def ratios(*ends): return [first_block_ratio(Course(first=((0, 2.), (1, 0.1), (5, end)))) for end in ends]
-    assert ratios(1., 4.) == [0.5, 2.] and all(math.isnan(first_block_ratio(course))
-                                               for course in (Course(), Course(first=((1, 2.), (5, 1.))), Course(first=((0, 0.), (5, 1.)))))
+    def ratios(*ends): return [first_block_ratio(RunHistory(first=((0, 2.), (1, 0.1), (5, end)))) for end in ends]
+    assert ratios(1., 4.) == [0.5, 2.] and all(math.isnan(first_block_ratio(history))
+                                               for history in (RunHistory(), RunHistory(first=((1, 2.), (5, 1.))),
+                                                               RunHistory(first=((0, 0.), (5, 1.)))))
     grew, shrank, unclear = (mean_interval(ratios(*ends)) for ends in ((8., 8.4, 8.8), (1., 1.1, 1.2), (1., 2., 3.)))
     assert [trend_note('supported', e) for e in (grew, shrank, unclear)] == ['slope rises from its early value; no vanishing seen',
         'slope rises from its early value; first block shrinks', 'slope rises from its early value']
@@ -718,8 +719,8 @@ def test_records_are_read_once_and_only_where_they_are_needed(tmp_path, monkeypa
     def count(path):
         read.append(path.parent.name)
         return whole(path)
-    whole = nwrepro.results.courses.read_metrics
-    monkeypatch.setattr(nwrepro.results.courses, 'read_metrics', count)
+    whole = nwrepro.results.histories.read_metrics
+    monkeypatch.setattr(nwrepro.results.histories, 'read_metrics', count)
     judge(runs, folder)
     assert sorted(read) == sorted([*BN.run, *WN.run])
 

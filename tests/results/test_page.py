@@ -8,7 +8,7 @@ import pandas, pytest
 
 from conftest import ROOT, run_in
 from nwrepro.results.accuracy import against_bn
-from nwrepro.results.arms import comparable
+from nwrepro.results.variants import comparable
 from nwrepro.results.claims import CLAIMS, judge
 from nwrepro.results.claim_figures import FIGURES, claim_picture
 from nwrepro.results.figures import SCHEME_STYLES, RunCache, tidy_runs

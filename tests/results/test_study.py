@@ -6,7 +6,7 @@ from nwrepro.training.recipe import tuned_table
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Record, read_metrics
 from nwrepro.results.claims import judge
-from nwrepro.results.courses import courses, rise
+from nwrepro.results.histories import read_histories, rise
 from nwrepro.results.statistics import mean_interval, smallest_margin, welch
 
 FOLDER = ROOT/'reports/study'
@@ -118,7 +118,7 @@ def test_the_trend_of_signals_is_as_told(verdicts, page):
     assert first.low > 1 and f'it ends at {first.value:.1f} times what it had before training ({first.low:.1f} to {first.high:.1f})' in page
 
 def test_the_slope_of_other_schemes_is_as_told(runs, page):
-    def rises(start): return mean_interval(courses(of(runs, ['run', 'seed'], start), FOLDER).map(rise))
+    def rises(start): return mean_interval(read_histories(of(runs, ['run', 'seed'], start), FOLDER).map(rise))
     plain, torch, bn = map(rises, (NONE, NONE_TORCH, BN))
     assert plain.low > 0 and torch.low > 0 and f"The slope of `none` rises too ({plain.value:.3f} from the norm-preserving init, {torch.value:.3f} from torch's)" in page
     assert f'is not shown to ({bn.low:.3f} to {bn.high:.3f})' in page and bn.low < 0 < bn.high
