@@ -6,8 +6,11 @@ from nwrepro.training.recipe import tuned_table
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Record, read_metrics
 from nwrepro.results.claims import judge
+from nwrepro.results.figures import RunCache
 from nwrepro.results.histories import read_histories, rise
+from nwrepro.results.page import draw_figures
 from nwrepro.results.statistics import mean_interval, smallest_margin, welch
+from nwrepro.results.variants import comparable
 
 FOLDER = ROOT/'reports/study'
 
@@ -167,3 +170,26 @@ def test_short_runs_and_probes_told_on_the_page_on_surprises_are_those_of_the_re
 def test_what_batch_statistics_cost_is_told(surprises):
     modes = {line['run'].split('-')[0]: line['top1'] for line in map(json.loads, (FOLDER/'modes.jsonl').read_text().splitlines())}
     assert f"batch statistics cost it {modes['bn']['random crops, eval mode']-modes['bn']['random crops, batch statistics']:.1f} points" in surprises
+
+# the figures
+
+DRAWN = dict(C1=('value', 18, 53.86931), C2=('mean', 170, 49.64986), C3=('mean', 300, 67.83457), C4=('value', 18, 41.03069),
+             C6=('lr', 209, 1.51802),
+             C7=('rms', 240, 1.08676), C8=('gain', 140, 1.00616), starts=('value', 92, 74.29088), rates=('top1', 100, 27.37366))
+
+@pytest.fixture(scope='module')
+def pictures(found, verdicts): return draw_figures(list(verdicts.values()), comparable(found), RunCache(FOLDER))
+
+def test_every_figure_of_the_study_is_drawn(pictures): assert set(pictures)-{'C10', 'C11'} == set(DRAWN)
+
+@pytest.mark.parametrize('key', DRAWN)
+def test_figures_draw_the_same_numbers_as_ever(key, pictures):
+    column, rows, mean = DRAWN[key]
+    numbers = pictures[key].numbers
+    assert len(numbers) == rows and numbers[column].mean() == pytest.approx(mean, abs=1e-4)
+
+def test_the_figure_of_c1_draws_the_numbers_that_decide(pictures, verdicts):
+    drawn = pictures['C1'].numbers.query("what == 'mean'").set_index('scheme')
+    decided = verdicts['C1'].numbers.query("what == 'top1'").set_index('scheme')
+    for norm in ('bn', 'wn'): assert drawn.loc[norm, ['n', 'value', 'low', 'high']].tolist() == decided.loc[norm,
+        ['n', 'value', 'low', 'high']].tolist()
