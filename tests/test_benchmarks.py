@@ -4,7 +4,6 @@ import numpy, pytest, timm, torch
 from torch import nn
 
 from conftest import ROOT, run_in
-from nwrepro.cost import scaling
 from test_data import make_folder, noise
 
 DEPLOY = '--arch resnet18 --batch_size 2 --image_size 32 --rounds 2'.split()
@@ -48,18 +47,6 @@ def test_bench_deploy(project):
     assert done.returncode == 0, done.stderr
     assert re.findall(r'^(fp32|bf16) (timm bn|torch fused bn|folded bn|folded wn) ', done.stdout, re.M) == \
         [(precision, name) for precision in ('fp32', 'bf16') for name in ('timm bn', 'torch fused bn', 'folded bn', 'folded wn')]
-
-@pytest.mark.slow
-def test_what_many_cards_are_predicted_from_is_measured(tmp_path, monkeypatch, capsys):
-    (tmp_path/'settings.ini').touch()
-    (tmp_path/'reports').mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scaling, 'PHOTOGRAPHS', 8)
-    assert scaling.main(['digts']) == 2 and "did you mean 'digits'" in capsys.readouterr().out and scaling.record() == {}
-    assert scaling.main(['folder', '--data_dir', str(make_folder(tmp_path/'photos'))]) == 0
-    found = scaling.record()
-    assert found['images'] == 8 and min(found['core']['period'], found['core']['modern'], found['all_reduce_s']) > 0
-    assert f"{found['core']['period']:.1f} (period) and {found['core']['modern']:.1f} (modern) images/s per core" in capsys.readouterr().out
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', ('0', '2'))

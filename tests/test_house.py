@@ -167,6 +167,7 @@ def test_wheel_of_the_source_distribution(project, tmp_path):
     ok(run_in(project, sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', str(tmp_path), str(archive)))
     wheel = zipfile.ZipFile(next(tmp_path.glob('*.whl')))
     assert {f"nwrepro/{m.replace('.', '/')}.py" for m in ['__init__', 'known', 'training.__main__', *exported()]} <= set(wheel.namelist())
+    assert 'nwrepro/results/page.html.jinja' in wheel.namelist()
     metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith('METADATA'))).decode()
     assert f"Version: {config()['version']}\n" in metadata
     assert all(word in metadata for word in ('License: Apache-2.0', 'License-File: LICENSE', 'generated from nbs/index.ipynb'))

@@ -9,11 +9,11 @@ __all__ = ['MEASURED', 'SAME', 'UNMEASURED', 'SIGNIFICANT', 'cost_records', 'ste
 # %% ../../nbs/results/costs.ipynb #a7137be4
 from pathlib import Path
 import numpy, scipy.stats
-from .accuracy import FAMILY
+from .accuracy import WN_FAMILY
 from ..common import project_root
 from ..training.runs import read_json
-from .statistics import LEAST, Estimate, mean_interval
-from .verdicts import Verdict, claim, not_tested, number, ruling, table_of
+from .statistics import MIN_RUNS, Estimate, mean_interval
+from .verdicts import Verdict, claim, not_tested, number_row, ruling, table_of
 
 # %% ../../nbs/results/costs.ipynb #3be7bd86
 MEASURED = ('arch', 'image_size', 'batch_size', 'precision', 'channels_last', 'device', 'hardware', 'seconds')
@@ -56,11 +56,13 @@ def judged_records(
     folder,         # of runs, as `cost_records` takes it
     norms:tuple,    # schemes that must all have been measured
 )->list[list]:      # per precision, fp32 first, the records of its processes; empty where there is none
-    "The records that a claim about cost is judged by: the paper's network and size on a GPU before others, then the largest, in every precision"
+    "The records that a claim about cost is judged by: the paper's network and size on a GPU first, then the largest"
     found = {}
     for record in cost_records(folder):
         if set(norms) <= set(record['seconds']): found.setdefault(tuple(record[name] for name in SAME), []).append(record)
-    def rank(records): return kind_of_cost(records[0]) == 'claim', records[0]['image_size'], records[0]['batch_size'], len(records), max(len(r['seconds'][norms[0]]) for r in records)
+    def rank(records):
+        first, rounds = records[0], max(len(r['seconds'][norms[0]]) for r in records)
+        return kind_of_cost(first) == 'claim', first['image_size'], first['batch_size'], len(records), rounds
     best = max(found.values(), key=rank, default=[None])[0]
     kept = [records for records in found.values() if all(records[0][name] == best[name] for name in SAME if name != 'precision')]
     return sorted(kept, key=lambda records: (records[0]['precision'] != 'fp32', records[0]['precision']))
@@ -74,6 +76,7 @@ def process_ratio(
     "How many times the step of `other` a step of `norm` takes, over processes"
     return mean_interval([step_ratio(record, norm, other).value for record in records])
 
+# %% ../../nbs/results/costs.ipynb #1bfd8544
 def ratio_words(
     records:list,   # of several processes
     e:Estimate,     # over them
@@ -81,19 +84,23 @@ def ratio_words(
     form:str='.3f', # of a number
 )->str:
     "A ratio as text, with the interval that there is"
-    if e.n >= LEAST: return f'{e.value:{form}} ({e.low:{form}} to {e.high:{form}} over {e.n} processes)'
+    if e.n >= MIN_RUNS: return f'{e.value:{form}} ({e.low:{form}} to {e.high:{form}} over {e.n} processes)'
     within = '; '.join(f'{x.value:{form}} ({x.low:{form}} to {x.high:{form}} over {x.n} rounds)' for x in map(one, records))
     return f"{within} in {e.n} {'process' if e.n == 1 else 'processes'}"
 
+# %% ../../nbs/results/costs.ipynb #a866d49e
 def place_of_cost(
     records:list,   # of cost, equal but for precision and machine
 )->str:
     "Where a step was timed"
     first = records[0]
-    layout, precisions = 'channels_last' if first['channels_last'] else 'contiguous', ' and '.join(dict.fromkeys(r['precision'] for r in records))
-    where = f"{first['arch']} at {first['image_size']} px, batch {first['batch_size']}, {precisions}, {layout}, {', '.join(dict.fromkeys(r['hardware'] for r in records))}"
+    layout, precisions = 'channels_last' if first['channels_last'] else 'contiguous', ' and '.join(dict.fromkeys(r['precision']
+        for r in records))
+    hardware = ', '.join(dict.fromkeys(r['hardware'] for r in records))
+    where = f"{first['arch']} at {first['image_size']} px, batch {first['batch_size']}, {precisions}, {layout}, {hardware}"
     return where if kind_of_cost(first) == 'claim' else f'analogue ({where}), not the claim itself'
 
+# %% ../../nbs/results/costs.ipynb #12581589
 def in_all(
     rulings:list,   # verdicts, at least one
 )->str:             # verdict
@@ -101,7 +108,8 @@ def in_all(
     return 'contradicted' if 'contradicted' in rulings else 'supported' if set(rulings) == {'supported'} else 'undecided'
 
 # %% ../../nbs/results/costs.ipynb #1ef346b5
-UNMEASURED = 'there are no records of cost beside the runs, in `reports/cost`: `papermill nbs/cost.ipynb reports/cost.ipynb` makes one; images/s in the summary of a run depends on what else its machine did, and decides nothing'
+UNMEASURED = ('there are no records of cost beside the runs, in `reports/cost`: `papermill nbs/cost.ipynb reports/cost.ipynb` makes one; '
+              'images/s in the summary of a run depends on what else its machine did, and decides nothing')
 SIGNIFICANT = 5  # percent of a step; our choice
 
 def share_of(
@@ -112,8 +120,10 @@ def share_of(
 
 @claim('C10', 'Cost of BN', tag='paper', figure='cost_per_step',
        sentence='G&G state that batch normalization takes a significant fraction of training run-time and is bound by memory bandwidth.',
-       observable='Share of the step time that goes when BN is replaced by the identity (scheme none): per process the median over rounds of steps in turn, over processes their mean; precision and layout stated.',
-       rule='Our choice, set after the first records: supported if over three or more processes the 95 % interval of the share lies above 5 % of a step, contradicted if below, undecided otherwise, in every '
+       observable='Share of the step time that goes when BN is replaced by the identity (scheme none): per process the median over rounds '
+                  'of steps in turn, over processes their mean; precision and layout stated.',
+       rule='Our choice, set after the first records: supported if over three or more processes the 95 % interval of the share lies above '
+            '5 % of a step, contradicted if below, undecided otherwise, in every '
             'precision that was timed. That the share is bound by bandwidth is not decided by it.')
 def decide_c10(key, runs, folder=None):
     found = judged_records(folder, ('bn', 'none'))
@@ -122,25 +132,31 @@ def decide_c10(key, runs, folder=None):
     for records in found:
         share, precision = share_of(process_ratio(records, 'none', 'bn')), records[0]['precision']
         rulings.append(ruling(share._replace(low=share.low-SIGNIFICANT, high=share.high-SIGNIFICANT)))
-        rows.append(number(f'share of a step, {precision}', 'bn', share, '%'))
+        rows.append(number_row(f'share of a step, {precision}', 'bn', share, '%'))
         said.append(f"in {precision} {ratio_words(records, share, lambda record: share_of(step_ratio(record, 'none', 'bn')), '.1f')}")
-    return Verdict(key, in_all(rulings), kind_of_cost(found[0][0]), f"percent of a step that bn takes: {'; '.join(said)}", table_of(rows), [], place_of_cost([r for records in found for r in records]))
+    return Verdict(key, in_all(rulings), kind_of_cost(found[0][0]), f"percent of a step that bn takes: {'; '.join(said)}", table_of(rows),
+                   [], place_of_cost([r for records in found for r in records]))
 
 # %% ../../nbs/results/costs.ipynb #c5dd5a5b
 @claim('C11', 'Cost of WN', tag='paper', figure='cost_per_step',
        sentence='G&G state that WN algorithms do not slow down training iterations.',
-       observable='Step time of wn, np and trelu over that of bn, and over none beside it: per process the median over rounds of steps in turn, over processes their mean; same device, precision, layout and batch.',
-       rule='Our choice, set after the first records: supported if over three or more processes the 95 % interval of the ratio to bn lies below 1.01 for each measured WN-type scheme, contradicted if for one of them it '
+       observable='Step time of wn, np and trelu over that of bn, and over none beside it: per process the median over rounds of steps in '
+                  'turn, over processes their mean; same device, precision, layout and batch.',
+       rule='Our choice, set after the first records: supported if over three or more processes the 95 % interval of the ratio to bn lies '
+            'below 1.01 for each measured WN-type scheme, contradicted if for one of them it '
             'lies above, undecided otherwise, in every precision that was timed.')
 def decide_c11(key, runs, folder=None):
     found = judged_records(folder, ('wn', 'bn', 'none'))
     if not found: return not_tested(key, UNMEASURED)
     rows, rulings, said = [], [], []
     for records in found:
-        schemes, precision = [norm for norm in FAMILY if all(norm in r['seconds'] for r in records)], records[0]['precision']
+        schemes, precision = [norm for norm in WN_FAMILY if all(norm in r['seconds'] for r in records)], records[0]['precision']
         ratios = {norm: process_ratio(records, norm, 'bn') for norm in schemes}
         rulings += [ruling(Estimate(r.n, 1.01-r.value, 1.01-r.high, 1.01-r.low)) for r in ratios.values()]
-        rows += [number(f'step time over bn, {precision}', norm, r, 'times') for norm, r in ratios.items()]
-        rows += [number(f'step time over none, {precision}', norm, process_ratio(records, norm, 'none'), 'times') for norm in ('bn', *schemes)]
-        said.append(f'in {precision} '+', '.join(f"{norm} {ratio_words(records, r, lambda record, norm=norm: step_ratio(record, norm, 'bn'))}" for norm, r in ratios.items()))
-    return Verdict(key, in_all(rulings), kind_of_cost(found[0][0]), f"a step takes this many times that of bn: {'; '.join(said)}", table_of(rows), [], place_of_cost([r for records in found for r in records]))
+        rows += [number_row(f'step time over bn, {precision}', norm, r, 'times') for norm, r in ratios.items()]
+        rows += [number_row(f'step time over none, {precision}', norm, process_ratio(records, norm, 'none'), 'times')
+                 for norm in ('bn', *schemes)]
+        ratio_texts = [ratio_words(records, r, lambda record, norm=norm: step_ratio(record, norm, 'bn')) for norm, r in ratios.items()]
+        said.append(f'in {precision} '+', '.join(f'{norm} {text}' for norm, text in zip(ratios, ratio_texts, strict=True)))
+    return Verdict(key, in_all(rulings), kind_of_cost(found[0][0]), f"a step takes this many times that of bn: {'; '.join(said)}",
+                   table_of(rows), [], place_of_cost([r for records in found for r in records]))

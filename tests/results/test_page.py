@@ -1,17 +1,20 @@
 "The page of a report: on real runs, on nothing, on broken folders, on thousands of folders, and in a real browser"
-import contextlib, dataclasses, json, math, os, re, shutil, subprocess, sys, time
+import contextlib, dataclasses, json, math, os, re, shlex, shutil, subprocess, sys, time
 from html.parser import HTMLParser
-from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
 
 import pandas, pytest
 
 from conftest import ROOT, run_in
 from nwrepro.results.accuracy import against_bn
-from nwrepro.results.arms import comparable
+from nwrepro.results.variants import comparable
 from nwrepro.results.claims import CLAIMS, judge
-from nwrepro.results.figures import FIGURES, LOOKS, Shelf, caption, limit_numbers, picture_of, tidy
-from nwrepro.results.page import cell, command, conclusion, draw, write_page
+from nwrepro.results.claim_figures import FIGURES, claim_picture
+from nwrepro.results.figures import SCHEME_STYLES, RunCache, tidy_runs
+from nwrepro.results.lr_figures import limit_numbers
+from nwrepro.results.page import conclusion, cost_commands, draw_figures, figure_commands, format_cell, training_command, write_page
+from nwrepro.results.run_figures import run_caption
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Run, run_name
 
@@ -21,15 +24,19 @@ BLOCKS = ['conv1', *(f'layer{s}.{b}{part}' for s in (1, 2) for b in (0, 1) for p
 
 def config(norm='wn', **changes):
     "Parameters of a made-up run"
-    given = dict(norm=norm, init='torch', data='digits', train_images=None, arch='resnet18', strides='v1', recipe='modern', epochs=4, max_steps=None,
+    given = dict(norm=norm, init='torch', data='digits', train_images=None, arch='resnet18', strides='v1', recipe='modern', epochs=4,
+                 max_steps=None,
                  batch_size=32, lr=0.1, weight_decay=1e-4, dropout=0., image_size=24, seed=0) | changes
-    return given | dict(given=dict(norm=norm, data_dir='somewhere/else'), source=dict(name='digits', fingerprint='0', classes=10, train=1000, val=797))
+    return given | dict(given=dict(norm=norm, data_dir='somewhere/else'), source=dict(name='digits', fingerprint='0', classes=10,
+        train=1000, val=797))
 
 def lines(top1):
     "A record: evaluations, training batches and probes"
     for epoch in range(5):
-        yield dict(event='eval', step=10*epoch, epoch=float(epoch), val_loss=1., top1=top1*epoch/4, train_loss=1., train_top1=(top1+5)*epoch/4)
-        yield dict(event='probe', step=10*epoch, epoch=float(epoch), outputs=dict(layer=BLOCKS, rms=[1.+0.1*k for k in range(len(BLOCKS))], l2=[2.]*len(BLOCKS)),
+        yield dict(event='eval', step=10*epoch, epoch=float(epoch), val_loss=1., top1=top1*epoch/4, train_loss=1.,
+                   train_top1=(top1+5)*epoch/4)
+        yield dict(event='probe', step=10*epoch, epoch=float(epoch), outputs=dict(layer=BLOCKS, rms=[1.+0.1*k for k in range(len(BLOCKS))],
+            l2=[2.]*len(BLOCKS)),
                    coherence=dict(layer=BLOCKS[1::3], mean=[0.1*k+0.1 for k in range(len(BLOCKS[1::3]))], max=[0.9]*len(BLOCKS[1::3])))
         yield dict(event='train', step=10*epoch+5, epoch=epoch+0.5, loss=1., top1=top1*epoch/4, lr=0.1, images=320.)
 
@@ -40,7 +47,8 @@ def make(folder, status='finished', top1=60., **changes):
     run.begin(values, ORIGIN)
     if status == 'started': return run
     for line in lines(top1): run.log(**line)
-    ends = dict(top1=top1, train_top1=top1+5, img_per_s=100., verdict='learning') if status == 'finished' else dict(diverged_step=7, diverged_reason='loss is nan')
+    ends = dict(top1=top1, train_top1=top1+5, img_per_s=100., verdict='learning') if status == 'finished' else dict(diverged_step=7,
+        diverged_reason='loss is nan')
     run.finish(status, **ends)
     return run
 
@@ -54,9 +62,9 @@ def many(folder):
 
 def page_of(folder, out):
     "The page of a folder of runs, as report.ipynb makes it"
-    runs, shelf = load_runs(folder), Shelf(folder)
+    runs, cache = load_runs(folder), RunCache(folder)
     verdicts = judge(runs, folder)
-    return write_page(verdicts, draw(verdicts, comparable(runs), shelf), runs, shelf, out)
+    return write_page(verdicts, draw_figures(verdicts, comparable(runs), cache), runs, cache, out)
 
 class Seen(HTMLParser):
     "Links, images, ids and text of a page"
@@ -100,22 +108,25 @@ def made(tmp_path_factory):
     (folder.parent/'cost').mkdir()
     (folder.parent/'cost'/'made.json').write_text(json.dumps(COST))
     runs = load_runs(folder)
-    return folder, page_of(folder, folder.parent/'page'), draw(judge(runs, folder), comparable(runs), Shelf(folder))
+    return folder, page_of(folder, folder.parent/'page'), draw_figures(judge(runs, folder), comparable(runs), RunCache(folder))
 
-def colours(figure): return {line.get_label(): (line.get_color(), line.get_marker()) for ax in figure.axes for line in ax.lines if line.get_label() in LOOKS}
+def colours(figure): return {line.get_label(): (line.get_color(), line.get_marker()) for ax in figure.axes for line in ax.lines
+                             if line.get_label() in SCHEME_STYLES}
 
 @pytest.mark.parametrize('key', ['C2', 'C3', 'C6'])
 def test_a_scheme_looks_the_same_in_every_figure(made, key):
     drawn = colours(made[2][key].figure)
-    assert drawn == {norm: LOOKS[norm] for norm in ('bn', 'wn', 'np')}
+    assert drawn == {norm: SCHEME_STYLES[norm] for norm in ('bn', 'wn', 'np')}
 
 def test_looks_differ_in_colour_and_in_marker():
-    assert len({colour for colour, _ in LOOKS.values()}) == len({marker for _, marker in LOOKS.values()}) == len(LOOKS)
+    assert len({colour for colour, _ in SCHEME_STYLES.values()}) == len({marker
+        for _, marker in SCHEME_STYLES.values()}) == len(SCHEME_STYLES)
 
 @pytest.mark.parametrize('key', OF_RUNS)
 def test_a_caption_says_what_a_reader_must_know(made, key):
     words = made[2][key].caption
-    for part in ('n = ', 'seed', 'digits', 'resnet18', '1000 training and 797 test images', '24 px', '4 epochs', 'batch 32', 'modern recipe', 'made-up processor'):
+    for part in ('n = ', 'seed', 'digits', 'resnet18', '1000 training and 797 test images', '24 px', '4 epochs', 'batch 32',
+                 'modern recipe', 'made-up processor'):
         assert part in words, part
 
 @pytest.mark.parametrize('key', OF_RUNS)
@@ -126,7 +137,8 @@ def test_numbers_beneath_a_figure_are_those_drawn(made, key):
 def test_the_figure_of_cost_needs_records_and_no_runs(made, tmp_path):
     picture = made[2]['C10']
     assert picture.numbers.set_index('scheme').times_none.to_dict() == dict(bn=1.2, none=1., wn=1.1)
-    for part in ('over 8 rounds', 'resnet18', '24 px', 'batch 32', 'bf16', 'channels_last', 'period recipe', 'n = 1', 'made-up processor'): assert part in picture.caption, part
+    for part in ('over 8 rounds', 'resnet18', '24 px', 'batch 32', 'bf16', 'channels_last', 'period recipe', 'n = 1',
+                 'made-up processor'): assert part in picture.caption, part
     (tmp_path/'cost').mkdir()
     (tmp_path/'cost'/'torn.json').write_text('{"arch": "resn')
     (tmp_path/'cost'/'made.json').write_text(json.dumps(COST))
@@ -137,7 +149,7 @@ def test_means_have_intervals_from_three_runs_on(made, tmp_path):
     three = made[2]['C1'].numbers.query('what == "mean" and scheme == "wn"').iloc[0]
     assert (three['n'], three['value']) == (3, 61.) and three['high']-three['low'] == pytest.approx(2*4.30265/3**0.5, rel=1e-4)
     make(tmp_path/'runs')
-    one = picture_of('C1', load_runs(tmp_path/'runs'), Shelf(tmp_path/'runs'))
+    one = claim_picture('C1', load_runs(tmp_path/'runs'), RunCache(tmp_path/'runs'))
     assert one.numbers['low'].isna().all()
     assert 'wn\nn = 1' in [t.get_text() for t in one.figure.axes[0].get_xticklabels()]
 
@@ -147,26 +159,29 @@ def test_open_marks_are_the_paper_s_and_say_how_they_are_known(made):
     assert marks == [73., 67.] and '[seed]' in picture.caption
 
 def test_figures_of_real_runs():
-    runs, shelf = load_runs(FIRST_LOOK), Shelf(FIRST_LOOK)
-    pictures = draw(judge(runs, FIRST_LOOK), comparable(runs), shelf)
-    assert set(pictures) - {'C10', 'C11'} == {'C1', 'C2', 'C3', 'C4', 'C7', 'C8'} and shelf.damaged == {}
-    assert all('n = 1 finished of 1 started' in p.caption and '64 px' in p.caption and 'period recipe' in p.caption for k, p in pictures.items() if k in OF_RUNS)
+    runs, cache = load_runs(FIRST_LOOK), RunCache(FIRST_LOOK)
+    pictures = draw_figures(judge(runs, FIRST_LOOK), comparable(runs), cache)
+    assert set(pictures) - {'C10', 'C11'} == {'C1', 'C2', 'C3', 'C4', 'C7', 'C8'} and cache.damaged == {}
+    assert all('n = 1 finished of 1 started' in p.caption and '64 px' in p.caption and 'period recipe' in p.caption
+               for k, p in pictures.items() if k in OF_RUNS)
 
-def test_a_caption_of_one_run_still_stands(): assert 'n = 1' in caption(config())
+def test_a_caption_of_one_run_still_stands(): assert 'n = 1' in run_caption(config())
 
 # the page
 
 def test_page_of_real_runs(tmp_path):
     page = page_of(FIRST_LOOK, tmp_path/'page')
     words, seen = check(page)
-    assert sorted(p.name for p in (page.parent/'figures').iterdir() if p.stem not in ('C10', 'C11')) == [f'{k}.{end}' for k in ('C1', 'C2', 'C3', 'C4', 'C7', 'C8') for end in ('png', 'svg')]
+    assert sorted(p.name for p in (page.parent/'figures').iterdir() if p.stem not in ('C10', 'C11')) == [f'{k}.{end}'
+        for k in ('C1', 'C2', 'C3', 'C4', 'C7', 'C8') for end in ('png', 'svg')]
     assert len([link for link in seen.links if link.endswith('config.json')]) == len(list(FIRST_LOOK.iterdir()))
     assert 'undecided (analogue, exploratory)' in words and ' supported' not in words.split('C1: ')[0].replace('is not supported', '')
 
 def test_page_of_many_runs_links_each_file_and_tells_the_commands(made):
     words, seen = check(made[1])
     runs = load_runs(made[0])
-    assert sum(link.endswith('config.json') for link in seen.links) == sum(link.endswith('metrics.jsonl') for link in seen.links) == len(runs)
+    assert sum(link.endswith('config.json') for link in seen.links) == sum(link.endswith('metrics.jsonl')
+        for link in seen.links) == len(runs)
     assert f'papermill nbs/train.ipynb reports/{runs.run[0]}.ipynb -p norm {runs.norm[0]}' in words and 'data_dir' not in words
     assert all(f'Figure of {key},' in words for key in FIGURES)
 
@@ -178,33 +193,50 @@ def test_an_analogue_never_has_the_wording_of_a_claim(made):
     assert ('analogue', 'agrees in direction (analogue, exploratory)') in verdicts
     assert not {'supported', 'contradicted'} & {word for pair in verdicts for word in pair}
     tested = [v for v in judge(runs, made[0]) if v.verdict != 'not tested']
-    assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where for v in tested})+len(against_bn(runs))  # in the claim's section, under the table once for all that stand there, and in the rows beside bn
-    for where in {v.where for v in tested}: assert f"<li>{', '.join(v.key for v in tested if v.where == where)}: {where}.</li>" in made[1].read_text()
+    assert made[1].read_text().count(', not the claim itself') == len(tested)+len({v.where
+        for v in tested})+len(against_bn(runs))  # in the claim's section, under the table once for all that stand there, and in the rows beside bn
+    for where in {v.where for v in tested}:
+        assert f"<li>{', '.join(v.key for v in tested if v.where == where)}: {where}.</li>" in made[1].read_text()
 
 def test_a_page_shows_how_the_rates_were_chosen(tmp_path):
-    runs = [make(tmp_path/'runs', lr=lr, holdout=0.2, epochs=epochs, top1=50-100*lr) for lr, epochs in ((0.1, 2), (0.2, 2), (0.4, 2), (0.1, 4), (0.2, 4))]
+    runs = [make(tmp_path/'runs', lr=lr, holdout=0.2, epochs=epochs, top1=50-100*lr)
+            for lr, epochs in ((0.1, 2), (0.2, 2), (0.4, 2), (0.1, 4), (0.2, 4))]
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    assert 'rates' in seen.ids and (tmp_path/'page/figures/rates.png').is_file() and all(f'reports/{run.name}.ipynb' in words for run in runs)
+    assert 'rates' in seen.ids and (tmp_path/'page/figures/rates.png').is_file() and all(f'reports/{run.name}.ipynb' in words
+        for run in runs)
     shared = re.search(r'In all rows: (.*?)\.(?!\d)', words)[1].split(', ')
     assert {'data digits', 'arch resnet18', 'holdout 0.2'} <= set(shared) and not any(part.startswith('epochs') for part in shared)
     _, seen = check(page_of(tmp_path/'nothing', tmp_path/'page'))
     assert 'rates' not in seen.ids and not (tmp_path/'page/figures/rates.png').exists()
 
 def test_a_page_shows_what_other_starts_came_to(tmp_path):
-    begun = [make(tmp_path/'runs', norm='bn', seed=seed, zero_init=zero, lr=lr, top1=60+10*zero+seed) for zero, lr in ((False, 0.1), (True, 0.2)) for seed in (0, 1, 2)]
+    begun = [make(tmp_path/'runs', norm='bn', seed=seed, zero_init=zero, lr=lr, top1=60+10*zero+seed)
+             for zero, lr in ((False, 0.1), (True, 0.2)) for seed in (0, 1, 2)]
     make(tmp_path/'runs', norm='bn', lr=0.4, max_steps=5)
     make(tmp_path/'runs', norm='bn', arch='resnet34')
     make(tmp_path/'runs', norm='wn', init='norm_preserving', lr=0.3, holdout=0.2)
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
     again = words.partition('All inits and learning rates')[2].rpartition('All inits and learning rates')[2]
     assert 'Not drawn, as they differ in more: 1 of resnet34 on digits.' in words
-    assert 'starts' in seen.ids and all(f'reports/{run.name}.ipynb' in again for run in begun) and 'max_steps' not in again and 'norm wn' not in again
+    assert 'starts' in seen.ids and all(f'reports/{run.name}.ipynb' in again
+                                        for run in begun) and 'max_steps' not in again and 'norm wn' not in again
     page_of(tmp_path/'nothing', tmp_path/'page')
     assert not (tmp_path/'page/figures/starts.png').exists()
 
 def test_the_command_of_a_run_gives_its_numbers_in_full():
-    words = command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1., dropout=None)))
+    words = training_command(dict(run='x', norm='wn', data='digits', seed=3., given=dict(lr=0.12345678, epochs=60, warmup_epochs=1.,
+        dropout=None)))
     assert words == 'papermill nbs/train.ipynb reports/x.ipynb -p norm wn -p lr 0.12345678 -p epochs 60 -p warmup_epochs 1 -p dropout none -p data digits -p seed 3'
+
+def test_commands_to_copy_survive_a_shell():
+    odd = "it's in; my folder/$HOME `ls`.py"
+    words = shlex.split(training_command(dict(run='x', norm=odd, data='digits', seed=0, given=dict(schemes=odd))))
+    assert words[3:] == ['-p', 'norm', odd, '-p', 'schemes', odd, '-p', 'data', 'digits', '-p', 'seed', '0']
+    picture = SimpleNamespace(numbers=pandas.DataFrame([dict(arch=odd, image_size=24, batch_size=32, precision='bf16')]))
+    assert shlex.split(cost_commands(picture))[3:6] == ['-p', 'arch', odd]
+    runs = pandas.DataFrame([dict(run=odd, norm='wn', data='digits', seed=0)])
+    first, last = map(shlex.split, figure_commands(runs, odd).splitlines())
+    assert first[2] == f'reports/{odd}.ipynb' and last[3:] == ['-p', 'runs', odd]
 
 def test_the_commands_of_cost_make_the_records_that_are_shown(made):
     words, _ = check(made[1])
@@ -212,17 +244,20 @@ def test_the_commands_of_cost_make_the_records_that_are_shown(made):
 
 def test_a_figure_of_stability_tells_learning_from_not_diverging():
     rows = [(0, 1., 'learning'), (0, 10., 'stuck'), (0, 100., None), (1, 1., 'stuck'), (2, 1., 'learning')]
-    runs = tidy(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr, status='finished' if verdict else 'diverged', verdict=verdict or 'diverged') for seed, lr, verdict in rows]))
+    runs = tidy_runs(pandas.DataFrame([dict(run=f'{seed}-{lr}', norm='bn', init='torch', seed=seed, lr=lr,
+                                            status='finished' if verdict else 'diverged', verdict=verdict or 'diverged')
+                                       for seed, lr, verdict in rows]))
     numbers = limit_numbers(runs)
     shares = numbers.query("what == 'share'").set_index('lr')
     assert shares['share'].to_dict() == {1.: pytest.approx(2/3), 10.: 0., 100.: 0.} and shares['n'].to_dict() == {1.: 3, 10.: 1, 100.: 1}
-    limits = {what: own.set_index('seed')[['lr', 'bounded']].values.tolist() for what, own in numbers[numbers.what != 'share'].groupby('what')}
+    limits = {what: own.set_index('seed')[['lr', 'bounded']].values.tolist()
+              for what, own in numbers[numbers.what != 'share'].groupby('what')}
     assert limits == {'learns': [[1., True], [1., False]], 'does not diverge': [[10., True], [1., False], [1., False]]}
 
 def test_a_page_shows_how_rates_were_chosen_and_what_made_it_exploratory(made):
     words, _ = check(made[1])
     assert 'how learning rates were chosen' in words and 'bn (torch, lr 0.1): no hold-out record of this lr' in words and 'Exploratory: lr chosen without hold-out records; 3 final seeds of 5' in words
-    assert 'Function: nwrepro.results.accuracy.decide_c1; figure: nwrepro.results.figures.final_accuracy.' in words and 'set after the first study and before the second; those on cost (C10, C11) were set after' in words
+    assert 'Function: nwrepro.results.accuracy.decide_c1; figure: nwrepro.results.accuracy_figures.final_accuracy.' in words and 'set after the first study and before the second; those on cost (C10, C11) were set after' in words
 
 def test_a_figure_of_probes_shows_a_run_that_has_them(tmp_path):
     for seed in (0, 1): make(tmp_path/'runs', seed=seed)
@@ -230,44 +265,22 @@ def test_a_figure_of_probes_shows_a_run_that_has_them(tmp_path):
     kept = [line for line in (first/'metrics.jsonl').read_text().splitlines() if json.loads(line)['event'] != 'probe']
     (first/'metrics.jsonl').write_text('\n'.join(kept)+'\n')
     for key in ('C7', 'C8'):
-        picture = picture_of(key, load_runs(tmp_path/'runs'), Shelf(tmp_path/'runs'))
+        picture = claim_picture(key, load_runs(tmp_path/'runs'), RunCache(tmp_path/'runs'))
         assert len(picture.numbers) and 'n = 1 finished of 1 started, seed 1' in picture.caption
 
 def test_numbers_are_written_as_a_reader_would():
-    assert [cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000', '48', '0.0125', '0.6667', '', '', 'True', 'wn']
+    assert [format_cell(value) for value in (20240101, 50000., 48.0, 0.0125, 2/3, math.nan, None, True, 'wn')] == ['20240101', '50000',
+        '48', '0.0125', '0.6667', '', '', 'True', 'wn']
 
 def test_an_answer_that_decides_nothing_says_how_much_was_measured():
-    measured, missing = (dataclasses.replace(judge(pandas.DataFrame(), 'nowhere')[0], verdict=verdict) for verdict in ('undecided', 'not tested'))
+    measured, missing = (dataclasses.replace(judge(pandas.DataFrame(), 'nowhere')[0], verdict=verdict)
+                         for verdict in ('undecided', 'not tested'))
     assert conclusion([measured, measured, missing]).startswith('Nothing is decided: 2 of the 3 claims were measured')
 
 def test_page_of_no_runs_says_how_to_make_one(tmp_path):
     words, seen = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
     assert 'no runs at all' in words and 'papermill nbs/train.ipynb reports/wn.ipynb -p norm wn' in words
     assert words.count('not tested') > len(CLAIMS) and seen.alts == []
-
-def test_many_cards_are_a_prediction_and_only_where_something_was_measured(tmp_path, monkeypatch):
-    (tmp_path/'settings.ini').touch()
-    (tmp_path/'reports').mkdir()
-    monkeypatch.chdir(tmp_path)
-    words, _ = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
-    assert 'a prediction' not in words
-    (tmp_path/'reports/scaling.json').write_text(json.dumps(dict(core=dict(period=123.4, modern=100.), all_reduce_s=0.25, data='photographs', images=200, provenance=ORIGIN)))
-    page = page_of(tmp_path/'nowhere', tmp_path/'page')
-    words, _ = check(page)
-    assert 'Many cards: a prediction Not measured' in words and 'made-up processor with torch 2.14.1: 123 images per second and core' in words and '0.25 s for the all-reduce' in words
-    section = page.read_text().split('id="scaling"')[1].split('<h2')[0]
-    rows = [re.findall('<td[^>]*>([^<]*)</td>', row) for row in section.split('</tr>')[1:-1]]
-    assert [(card, int(n)) for card, n, *_ in rows] == [(card, n) for card in ('A100 80 GB', 'H100 SXM') for n in (1, 2, 4, 8, 16, 32, 64)]
-    for _, n, rate, *_, hours in rows: assert float(hours) == pytest.approx(1_281_167*120/int(rate.replace(',', ''))/3600, rel=0.05, abs=0.05) and int(rate.replace(',', '')) < int(n)*16*130
-
-@pytest.mark.parametrize('text', ['', '{"core": ', '[]', '{"core": {}}', '\x00'])
-def test_a_damaged_measurement_is_named(tmp_path, monkeypatch, text):
-    (tmp_path/'settings.ini').touch()
-    (tmp_path/'reports').mkdir()
-    (tmp_path/'reports/scaling.json').write_text(text)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match='reports/scaling.json is damaged: delete it, or measure again with'): page_of(tmp_path/'nowhere', tmp_path/'page')
-    assert not (tmp_path/'page').exists()
 
 def test_no_figure_of_the_page_before_is_left(tmp_path):
     make(tmp_path/'runs')
@@ -295,7 +308,8 @@ def torn_summary(run): (run.path/'summary.json').write_text('{"status": "fin')
 def no_metrics(run): (run.path/'metrics.jsonl').unlink()
 def damaged_metrics(run): (run.path/'metrics.jsonl').write_text('{"event": "eval"\n' + (run.path/'metrics.jsonl').read_text())
 def odd_values(run): (run.path/'summary.json').write_text(json.dumps(dict(status='finished', top1='nan', train_top1=None, seed=None)))
-def odd_lines(run): (run.path/'metrics.jsonl').write_text('{"event": "probe", "step": 0, "epoch": 0}\n{"event": "eval", "step": 0, "epoch": 0.0}\n')
+def odd_lines(run): (run.path/'metrics.jsonl').write_text('{"event": "probe", "step": 0, "epoch": 0}\n{"event": "eval", "step": 0, '
+                                                          '"epoch": 0.0}\n')
 def bare(run): shutil.rmtree(run.path); run.path.mkdir(); (run.path/'config.json').write_text('{"norm": "wn"}')
 
 @pytest.mark.parametrize('tear', [torn_config, empty_config, torn_summary, no_metrics, damaged_metrics, odd_values, odd_lines, bare])
@@ -344,9 +358,11 @@ def fill(folder, count):
     for k in range(count):
         norm, seed, lr, drop = ('bn', 'wn', 'np', 'trelu', 'none')[k%5], k//5%10, (0.01, 0.03, 0.1, 0.3, 1.)[k//50%5], k//250%4*0.2
         values = config(norm=norm, seed=seed, lr=lr, dropout=drop, weight_decay=1e-4*(1+k//1000)) | dict(provenance=ORIGIN)
-        ends = dict(status='diverged', diverged_step=7) if lr == 1. and norm != 'bn' else dict(status='finished', top1=60.+k%7, train_top1=70.+k%5)
+        ends = dict(status='diverged', diverged_step=7) if lr == 1. and norm != 'bn' else dict(status='finished', top1=60.+k%7,
+            train_top1=70.+k%5)
         (folder/f'{norm}-{k:05d}').mkdir(parents=True)
-        for name, text in (('config.json', json.dumps(values)), ('summary.json', json.dumps(ends)), ('metrics.jsonl', ''.join(json.dumps(line)+'\n' for line in lines(60.)))):
+        for name, text in (('config.json', json.dumps(values)), ('summary.json', json.dumps(ends)),
+                           ('metrics.jsonl', ''.join(json.dumps(line)+'\n' for line in lines(60.)))):
             (folder/f'{norm}-{k:05d}'/name).write_text(text)
 
 MEASURE = '''
@@ -366,7 +382,8 @@ def crowd(tmp_path_factory):
     folder = tmp_path_factory.mktemp('crowd')
     fill(folder/'runs', 5000)
     env = os.environ | dict(PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, '-c', MEASURE, str(folder/'runs'), str(folder/'page')], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-c', MEASURE, str(folder/'runs'), str(folder/'page')], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     return folder/'page'/'index.html', *map(float, done.stdout.split()[-2:])
 
@@ -411,7 +428,8 @@ def rows(tab): return tab.locator('#runs ~ .dt-container').first.locator('tbody 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [1280, 380])
 def test_in_a_browser_nothing_is_wrong(browser, made, scheme, width):
-    axe = pytest.importorskip('axe_playwright_python.sync_playwright', reason='axe-playwright-python is not installed: pip install -e .[dev]')
+    axe = pytest.importorskip('axe_playwright_python.sync_playwright',
+                              reason='axe-playwright-python is not installed: pip install -e .[dev]')
     with opened(browser, made[1], width, scheme) as (tab, said):
         assert tab.evaluate('document.documentElement.scrollWidth') <= width
         tab.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")

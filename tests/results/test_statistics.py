@@ -4,7 +4,7 @@ import math, statistics
 import numpy, pandas, pytest, scipy.stats
 from hypothesis import given, strategies as st
 
-from nwrepro.results.predictions import answers, crossed_gap, mcnemar, wilson
+from nwrepro.results.predictions import correct_predictions, crossed_gap, mcnemar, wilson
 from nwrepro.training.runs import Run
 from nwrepro.results.statistics import contrast, equivalence, fieller, format_mean, holm, mean_interval, paired, smallest_margin, threshold_gap, welch
 
@@ -97,7 +97,8 @@ def test_fieller_inverts_the_contrast():
     wn_star, wn, bn_star = (random.normal(mean, 0.4, 6) for mean in (68.5, 67, 73))
     e = fieller(wn_star, wn, bn_star)
     assert e.value == pytest.approx((wn_star.mean()-wn.mean())/(bn_star.mean()-wn.mean()))
-    for r in (e.low, e.high): assert abs(contrast([wn_star, wn, bn_star], [1, r-1, -r]).p-0.05) < 0.02  # one number of degrees of freedom for all r
+    for r in (e.low, e.high): assert abs(contrast([wn_star, wn, bn_star], [1, r-1,
+        -r]).p-0.05) < 0.02  # one number of degrees of freedom for all r
 
 
 def test_fieller_of_two_independent_means_without_noise_in_the_base():
@@ -155,12 +156,14 @@ def test_thresholds_known_to_a_tenth_of_a_standard_deviation_give_students_inter
     def brackets(x): return tuple((math.exp(v-0.05), math.exp(v+0.05)) for v in x)
     e, student = threshold_gap(brackets(a), brackets(b)), scipy.stats.ttest_ind(a, b)
     low, high = student.confidence_interval()
-    assert (e.low, e.high) == (pytest.approx(low, abs=0.25), pytest.approx(high, abs=0.25)) and e.p == pytest.approx(student.pvalue, abs=0.05)
+    assert (e.low, e.high) == (pytest.approx(low, abs=0.25), pytest.approx(high, abs=0.25)) and e.p == pytest.approx(student.pvalue,
+        abs=0.05)
 
 
 # predictions
 
-@pytest.mark.parametrize('right, images, low, high', [(81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0, 16.11), (1, 29, 0.61, 17.18)])
+@pytest.mark.parametrize('right, images, low, high', [(81, 263, 25.53, 36.62), (15, 148, 6.24, 16.05), (0, 20, 0, 16.11),
+                                                      (1, 29, 0.61, 17.18)])
 def test_wilson_against_the_table_of_newcombe(right, images, low, high):
     e = wilson(right, images)
     assert (e.low, e.high) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
@@ -174,7 +177,8 @@ def test_mcnemar_against_coins(first, second):
     e = mcnemar(a, b)
     assert e.p == pytest.approx(min(1, 2*sum(math.comb(n, k) for k in range(min(first, second)+1))/2**n))
     assert (e.n, e.value) == (len(a), pytest.approx(100*(first-second)/len(a)))
-    share = scipy.stats.beta.ppf([0.025, 0.975], [first, first+1], [second+1, second])  # Clopper and Pearson's ends are quantiles of two beta distributions
+    share = scipy.stats.beta.ppf([0.025, 0.975], [first, first+1],
+                                 [second+1, second])  # Clopper and Pearson's ends are quantiles of two beta distributions
     low, high = 100*n/len(a)*(2*numpy.where(numpy.isnan(share), [0, 1], share)-1)
     assert (e.low, e.high) == (pytest.approx(low), pytest.approx(high))
     assert (e.low > 0 or e.high < 0) == (e.p < 0.05)
@@ -191,7 +195,7 @@ def test_answers_are_those_of_the_run(tmp_path):
     run = Run('one', tmp_path)
     run.begin(dict(source=dict(fingerprint='f00')), {})
     run.predictions([('a', 1, 1), (1, 2, 0)])
-    assert answers('one', tmp_path).to_dict() == {'f00 a': True, 'f00 1': False}
+    assert correct_predictions('one', tmp_path).to_dict() == {'f00 a': True, 'f00 1': False}
 
 
 def test_places_in_two_sources_are_not_the_same_image(tmp_path):
@@ -199,7 +203,8 @@ def test_places_in_two_sources_are_not_the_same_image(tmp_path):
         run = Run(name, tmp_path)
         run.begin(dict(source=dict(fingerprint=name)), {})
         run.predictions([(0, 1, 1), (1, 2, 0)])
-    with pytest.raises(ValueError, match='4 images were shown to one'): mcnemar(answers('one', tmp_path), answers('two', tmp_path))
+    with pytest.raises(ValueError, match='4 images were shown to one'): mcnemar(correct_predictions('one', tmp_path),
+        correct_predictions('two', tmp_path))
 
 
 def test_other_images_widen_a_gap_and_different_ones_are_refused():

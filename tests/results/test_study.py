@@ -6,8 +6,11 @@ from nwrepro.training.recipe import tuned_table
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Record, read_metrics
 from nwrepro.results.claims import judge
-from nwrepro.results.courses import courses, rise
+from nwrepro.results.figures import RunCache
+from nwrepro.results.histories import read_histories, rise
+from nwrepro.results.page import draw_figures
 from nwrepro.results.statistics import mean_interval, smallest_margin, welch
+from nwrepro.results.variants import comparable
 
 FOLDER = ROOT/'reports/study'
 
@@ -38,8 +41,10 @@ def of(runs, what, start):
     whole = runs[runs['max_steps'].isna() & (runs['holdout'] == 0) & (runs['status'] == 'finished')]
     return whole[(whole[list(start)] == pandas.Series(start)).all(axis=1)].sort_values('seed')[what]
 
-@pytest.mark.parametrize('one, other, what', [(WN, BN, 'top1'), (ZERO, WN, 'top1'), (ZERO, BN, 'top1'), (NP, WN, 'top1'), (NP, BN, 'top1'), (WN_TORCH, WN, 'top1'), (WN_TORCH, WN, 'train_top1'),
-                                              (WN_TORCH, BN, 'top1'), (ZERO, WN_TORCH, 'top1'), (NONE, WN, 'top1'), (NONE, WN, 'train_top1'), (NONE_TORCH, NONE, 'top1'),
+@pytest.mark.parametrize('one, other, what', [(WN, BN, 'top1'), (ZERO, WN, 'top1'), (ZERO, BN, 'top1'), (NP, WN, 'top1'), (NP, BN, 'top1'),
+                                              (WN_TORCH, WN, 'top1'), (WN_TORCH, WN, 'train_top1'),
+                                              (WN_TORCH, BN, 'top1'), (ZERO, WN_TORCH, 'top1'), (NONE, WN, 'top1'),
+                                              (NONE, WN, 'train_top1'), (NONE_TORCH, NONE, 'top1'),
                                               (NONE_TORCH, WN_TORCH, 'top1'), (EVEN, WN, 'top1')], ids=str)
 def test_gaps_are_those_of_the_records(one, other, what, runs, page):
     gap = welch(of(runs, what, one), of(runs, what, other))
@@ -61,10 +66,13 @@ def test_the_search_from_the_data_dependent_start_came_out_as_told(runs, page):
     assert lost['lr'].min() == 0.05 and lost['diverged_step'].max() == 5 and set(tried[(tried['init'] == 'data') & (tried['lr'] > 0.025)]['status']) == {'diverged'}
 
 def test_the_study_is_judged_as_told(verdicts, page):
-    told = dict(C7="supported", C1='undecided', C2='not testable here', C3='undecided', C4='not testable here', C5='not testable here', C6='not tested', C8='not testable here', C9='not tested', C10='undecided', C11='undecided')
-    assert {key: verdicts[key].verdict for key in told} == told and [verdicts[key].note for key in ('C2', 'C4', 'C8')] == ['neither shown below 99.5 %', 'same as C1 but for 0.8 points', 'not informative']
+    told = dict(C7="supported", C1='undecided', C2='not testable here', C3='undecided', C4='not testable here', C5='not testable here',
+                C6='not tested', C8='not testable here', C9='not tested', C10='undecided', C11='undecided')
+    assert {key: verdicts[key].verdict for key in told} == told and [verdicts[key].note
+        for key in ('C2', 'C4', 'C8')] == ['neither shown below 99.5 %', 'same as C1 but for 0.8 points', 'not informative']
     assert verdicts['C7'].note == 'slope rises from its early value; no vanishing seen'
-    assert all(verdicts[key].exploratory for key in ('C1', 'C2', 'C3', 'C4', 'C5', 'C7', 'C8')) and 'after 20 of 60 epochs' in verdicts['C1'].exploratory
+    assert all(verdicts[key].exploratory for key in ('C1', 'C2', 'C3', 'C4', 'C5', 'C7',
+                                                     'C8')) and 'after 20 of 60 epochs' in verdicts['C1'].exploratory
     assert 'premise undecided' in verdicts['C7'].why and 'decay was all but off' in page
 
 def test_the_gap_of_c1_is_that_of_its_numbers(verdicts, page):
@@ -113,7 +121,7 @@ def test_the_trend_of_signals_is_as_told(verdicts, page):
     assert first.low > 1 and f'it ends at {first.value:.1f} times what it had before training ({first.low:.1f} to {first.high:.1f})' in page
 
 def test_the_slope_of_other_schemes_is_as_told(runs, page):
-    def rises(start): return mean_interval(courses(of(runs, ['run', 'seed'], start), FOLDER).map(rise))
+    def rises(start): return mean_interval(read_histories(of(runs, ['run', 'seed'], start), FOLDER).map(rise))
     plain, torch, bn = map(rises, (NONE, NONE_TORCH, BN))
     assert plain.low > 0 and torch.low > 0 and f"The slope of `none` rises too ({plain.value:.3f} from the norm-preserving init, {torch.value:.3f} from torch's)" in page
     assert f'is not shown to ({bn.low:.3f} to {bn.high:.3f})' in page and bn.low < 0 < bn.high
@@ -123,12 +131,14 @@ def test_accuracies_of_resnet50_are_those_of_the_records(runs, deep, page):
     assert len(deep) == 6 and all(f'{top1:.1f}' in part for top1 in deep['top1'])
     def lost(start): return f"{of(runs, 'top1', start | dict(seed=0)).item()-of(deep, 'top1', start).item():.1f}"
     assert f"lose {lost(BN)} and {lost(NP)} points" in part and f"gain {lost(WN)[1:]}, `none` loses {lost(NONE)}" in part and lost(ZERO) == lost(WN)
-    def head(run): return next(line for line in read_metrics(Record(run, FOLDER).path/'metrics.jsonl') if line['event'] == 'probe')['outputs']['rms'][-1]
+    def head(run): return next(line for line in read_metrics(Record(run, FOLDER).path/'metrics.jsonl')
+                               if line['event'] == 'probe')['outputs']['rms'][-1]
     small, large = (head(of(group, 'run', EVEN | dict(seed=0)).item()) for group in (runs, deep))
     assert f'a size of {large:.2g}, a twelfth of' in part and round(small/large) == 12
 
 def test_hours_are_those_of_the_records(runs, deep, page):
-    part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search' for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]
+    part = ['accuracy' if pandas.isna(steps) and not held else 'stability' if pandas.notna(steps) else 'search'
+            for steps, held in zip(runs['max_steps'], runs['holdout'], strict=True)]
     hours = {name: f'{seconds/3600:.0f}' for name, seconds in {**runs.groupby(part)['wall_s'].sum(), 'deep': deep['wall_s'].sum()}.items()}
     assert 'the search took {search} hours, the accuracy part {accuracy} and {deep} more for ResNet-50, the stability part {stability} '.format(**hours) in page
 
@@ -160,3 +170,26 @@ def test_short_runs_and_probes_told_on_the_page_on_surprises_are_those_of_the_re
 def test_what_batch_statistics_cost_is_told(surprises):
     modes = {line['run'].split('-')[0]: line['top1'] for line in map(json.loads, (FOLDER/'modes.jsonl').read_text().splitlines())}
     assert f"batch statistics cost it {modes['bn']['random crops, eval mode']-modes['bn']['random crops, batch statistics']:.1f} points" in surprises
+
+# the figures
+
+DRAWN = dict(C1=('value', 18, 53.86931), C2=('mean', 170, 49.64986), C3=('mean', 300, 67.83457), C4=('value', 18, 41.03069),
+             C6=('lr', 209, 1.51802),
+             C7=('rms', 240, 1.08676), C8=('gain', 140, 1.00616), starts=('value', 92, 74.29088), rates=('top1', 100, 27.37366))
+
+@pytest.fixture(scope='module')
+def pictures(found, verdicts): return draw_figures(list(verdicts.values()), comparable(found), RunCache(FOLDER))
+
+def test_every_figure_of_the_study_is_drawn(pictures): assert set(pictures)-{'C10', 'C11'} == set(DRAWN)
+
+@pytest.mark.parametrize('key', DRAWN)
+def test_figures_draw_the_same_numbers_as_ever(key, pictures):
+    column, rows, mean = DRAWN[key]
+    numbers = pictures[key].numbers
+    assert len(numbers) == rows and numbers[column].mean() == pytest.approx(mean, abs=1e-4)
+
+def test_the_figure_of_c1_draws_the_numbers_that_decide(pictures, verdicts):
+    drawn = pictures['C1'].numbers.query("what == 'mean'").set_index('scheme')
+    decided = verdicts['C1'].numbers.query("what == 'top1'").set_index('scheme')
+    for norm in ('bn', 'wn'): assert drawn.loc[norm, ['n', 'value', 'low', 'high']].tolist() == decided.loc[norm,
+        ['n', 'value', 'low', 'high']].tolist()

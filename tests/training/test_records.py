@@ -1,7 +1,7 @@
 "Records in folders and in packs: read alike, found damaged, never half-written"
 import zipfile
 import pytest
-from nwrepro.results.predictions import answers
+from nwrepro.results.predictions import correct_predictions
 from nwrepro.training.records import check_pack, load_runs, pack, records
 from nwrepro.training.runs import Record, Run
 
@@ -29,10 +29,10 @@ def packed(folder, name='pack.zip', names=('a', 'b')):
 def test_a_packed_run_reads_as_its_folder_did(folder):
     table = load_runs(folder)
     (folder/'a'/'train.ipynb').write_text('{}')
-    before = {name: (Record(name, folder).config, Record(name, folder).summary, Record(name, folder).provenance, Record(name, folder).metrics().to_dict(), answers(name, folder).to_dict()) for name in 'ab'}
+    before = {name: (Record(name, folder).config, Record(name, folder).summary, Record(name, folder).provenance, Record(name, folder).metrics().to_dict(), correct_predictions(name, folder).to_dict()) for name in 'ab'}
     path = packed(folder)
     assert load_runs(folder).equals(table) and [r.name for r in records(folder)] == ['a', 'b', 'c']
-    assert {name: (Record(name, folder).config, Record(name, folder).summary, Record(name, folder).provenance, Record(name, folder).metrics().to_dict(), answers(name, folder).to_dict()) for name in 'ab'} == before
+    assert {name: (Record(name, folder).config, Record(name, folder).summary, Record(name, folder).provenance, Record(name, folder).metrics().to_dict(), correct_predictions(name, folder).to_dict()) for name in 'ab'} == before
     assert check_pack(path) == 8 and 'a/train.ipynb' not in zipfile.ZipFile(path).namelist()
 
 def test_a_pack_unpacks_to_the_folders_as_they_were(folder, tmp_path):
