@@ -17,7 +17,8 @@ from torch import nn
 from torch.autograd.function import Function, once_differentiable
 from torch.optim.sgd import sgd
 from .layers import C1, C2, NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, WNLinear, filter_norms
-from .schemes import JoinBlock, plain_layer
+from .deploy import plain_layer
+from .schemes import JoinBlock
 
 # %% ../../nbs/methods/fast.ipynb #0958bee7
 def dot(a, b): return (a*b).sum(1, keepdim=True)  # of each pair of rows, `[out, 1]`

@@ -11,7 +11,7 @@ import timm
 from torch import nn
 from timm.layers import make_divisible
 from timm.models.resnet import ResNet
-from .schemes import STOCK
+from .deploy import STOCK
 
 # %% ../../nbs/methods/networks.ipynb #n3t00008
 def scaled(channels, width): return channels if width == 1 else make_divisible(channels*width, 8)

@@ -6,7 +6,8 @@ from nwrepro.methods.custom import load_schemes, scheme_of
 from nwrepro.training.data import load_source, loader
 from nwrepro.methods.layers import GhostBatchNorm2d
 from nwrepro.training.recipe import make_recipe
-from nwrepro.methods.schemes import SCHEMES, fold
+from nwrepro.methods.deploy import fold
+from nwrepro.methods.schemes import SCHEMES
 from nwrepro.training.loop import make_model, make_views
 
 FILE = ROOT/'reports/cifar10/wn_noise.py'

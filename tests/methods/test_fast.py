@@ -15,7 +15,8 @@ from nwrepro.methods.fast import WNSGD, copy_norms, fast_form, fuse, plain_weigh
 from nwrepro.methods.layers import WNConv2d, WNLinear
 from nwrepro.training.recipe import RECIPES, Recipe, make_recipe
 from nwrepro.cost.roofline import kept_bytes
-from nwrepro.methods.schemes import convert, fold, parameter_roles, to_timm
+from nwrepro.methods.deploy import fold, to_timm
+from nwrepro.methods.schemes import convert, parameter_roles
 from nwrepro.training.checkpoint import Interrupted
 from nwrepro.training.loop import fit, logits_of, make_model, make_optimizer, make_schedule, start, train_step, trained
 from test_training import digits, train as train_run

@@ -14,7 +14,8 @@ from nwrepro.methods.networks import scaled, stock_network
 from nwrepro.training.distributed import divide, in_turn, running, tracked
 from nwrepro.training.recipe import RECIPES, make_recipe, scheme_facts, tuned_lr, tuned_table
 from nwrepro.training.runs import Record, run_name
-from nwrepro.methods.schemes import Scheme, convert, fold, parameter_roles, to_timm, uses_batch_statistics
+from nwrepro.methods.deploy import fold, to_timm
+from nwrepro.methods.schemes import Scheme, convert, parameter_roles, uses_batch_statistics
 from nwrepro.training.command import main
 from nwrepro.training.loop import make_model, make_optimizer, recipe_of
 

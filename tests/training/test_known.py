@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 from nwrepro import known
 from nwrepro.training.data import load_source
 from nwrepro.training.recipe import make_recipe
-from nwrepro.methods.schemes import to_timm
+from nwrepro.methods.deploy import to_timm
 from nwrepro.training.loop import main as train, make_model
 
 def test_the_command_gives_what_the_run_recorded(tmp_path, monkeypatch, capsys):
