@@ -11,7 +11,6 @@ from pathlib import Path
 from nwrepro.training.recipe import DEFAULTS, check_parameters
 from nwrepro.training.records import pack, records
 from nwrepro.training.runs import RESULTS, canonical, machine
-from nwrepro.experiments.grid import BOUNDS, PROBE_STEPS, learns, top_rung
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT/'reports'/'cifar10'

@@ -15,7 +15,7 @@ from .arms import ARM, complete, ended_first, grouped
 from ..training.runs import RESULTS
 from .statistics import LEAST, Estimate, mean_interval, threshold_gap
 from ..methods.schemes import SCHEMES
-from ..experiments.grid import HELD, PROBE_STEPS, top_rung
+from ..experiments.tuning import HELD, PROBE_STEPS, top_rung
 from .verdicts import Verdict, best_comparison, claim, kind_of, not_tested, number, place, ruling, table_of
 
 # %% ../../nbs/results/stability.ipynb #718ba7ab

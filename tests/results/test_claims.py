@@ -17,7 +17,7 @@ from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Run, to_json
 from nwrepro.results.stability import full_lr_steps, is_ladder, limits_of
 from nwrepro.results.statistics import Estimate, mean_interval, smallest_margin, welch
-from nwrepro.experiments.grid import top_rung
+from nwrepro.experiments.tuning import top_rung
 from nwrepro.results.verdicts import Verdict, kind_of, ruling, table_of
 
 NAN = math.nan
