@@ -17,7 +17,7 @@ from ..training.runs import Record
 from .grid import STOPPED, asked, over, start, threads_for
 
 # %% ../../nbs/experiments/slurm.ipynb #b63688c4
-OURS = ('job-name', 'time', 'signal', 'output', 'error', 'open-mode', 'array', 'requeue', 'ntasks', 'nodes')
+OURS = ('job-name', 'time', 'signal', 'output', 'error', 'open-mode', 'array', 'requeue', 'no-requeue', 'ntasks', 'nodes')
 
 def sbatch_options(
     words:str|None, # as on the command line of `sbatch`: --partition=gpu --gpus-per-node=8
@@ -29,7 +29,8 @@ def sbatch_options(
     for word in given:
         name, equals, value = word.partition('=')
         if not name.startswith('--') or len(name) < 3: raise ValueError(f'sbatch = {words} is not accepted: {word!r} is no option, expected words as --partition=gpu')
-        if name[2:] in OURS: raise ValueError(f"sbatch = {words} is not accepted: {name} is set by the sweep{' (give hours)' if name == '--time' else ''}")
+        ours = [option for option in OURS if option.startswith(name[2:].replace('_', '-'))]  # sbatch takes abbreviations, submitit underscores
+        if ours: raise ValueError(f"sbatch = {words} is not accepted: {name} is set by the sweep{' (give hours)' if 'time' in ours else ''}")
         options[name[2:].replace('-', '_')] = value if equals else True
     return options
 

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from datetime import datetime, timezone
 from types import SimpleNamespace
 import pandas, torch
+from filelock import FileLock
 from .grid import Point, expand, plan
 from ..methods.schemes import choose
 from ..training.data import project_root
@@ -102,11 +103,13 @@ def write_tuned(
     found = scores(points).drop_duplicates(list(TUNED_BY)).assign(date=datetime.now(timezone.utc).date().isoformat())
     found = found[[*TUNED_BY, 'epochs', 'lr', 'top1', 'n', 'runs', 'date']].round(dict(top1=2))
     found, lost = found[found['top1'] > 0], found[found['top1'] == 0]
-    rows = {tuple(str(row[name]) for name in (*TUNED_BY, 'epochs')): row for row in (*tuned_table(), *found.to_dict('records'))}
-    writer = DictWriter(text := io.StringIO(newline=''), list(found), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(row for _, row in sorted(rows.items()))
-    write_atomic(project_root()/'reports'/'tuned_lr.csv', text.getvalue())
+    path = project_root()/'reports'/'tuned_lr.csv'
+    with FileLock(f'{path}.lock'):  # two sweeps may end at the same time
+        rows = {tuple(str(row[name]) for name in (*TUNED_BY, 'epochs')): row for row in (*tuned_table(), *found.to_dict('records'))}
+        writer = DictWriter(text := io.StringIO(newline=''), list(found), lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(row for _, row in sorted(rows.items()))
+        write_atomic(path, text.getvalue())
     if len(lost): raise ValueError(f"every rate diverged for {' and '.join(f'{norm} from {init}' for norm, init in zip(lost['norm'], lost['init']))}, so there is none to keep: give smaller ones, as lr = [0.0001, 0.001]")
     return found.assign(try_next=[untried(points, row) for row in found.to_dict('records')])
 

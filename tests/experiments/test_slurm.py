@@ -2,6 +2,7 @@
 import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas, pytest, yaml
+from nwrepro.experiments.slurm import sbatch_options
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import read_metrics
 from slurm import free_ports, missing, slurm
@@ -88,6 +89,13 @@ def test_a_sweep_goes_through_a_queue_that_takes_jobs_away(project, queue):
     done = subprocess.run([sys.executable, '-c', UNDISTURBED, json.dumps(words)], cwd=here, env=environment({}), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout+done.stderr
     pandas.testing.assert_frame_equal(table.loc[sorted(disturbed.values())], results(here), rtol=1e-6)
+
+@pytest.mark.parametrize('word', ['--job-name=x', '--job_name=x', '--job=x', '--open_mode=append', '--time=60', '--tim=60', '--no-requeue', '--no_requeue'])
+def test_an_option_that_the_executor_sets_is_refused_however_it_is_spelled(word):
+    with pytest.raises(ValueError, match=f'{word.partition("=")[0]} is set by the sweep'): sbatch_options(f'--partition=gpu {word}')
+
+@pytest.mark.parametrize('word, option', [('--time-min=60', {'time_min': '60'}), ('--node_list=a', {'node_list': 'a'}), ('--gpus_per_node=8', {'gpus_per_node': '8'}), ('--exclusive', {'exclusive': True})])
+def test_other_options_are_free(word, option): assert sbatch_options(word) == option
 
 REFUSED = """
 import json, os, sys

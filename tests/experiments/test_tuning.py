@@ -1,5 +1,6 @@
 "Searches for a learning rate: their rounds, what they write, and what a sweep refuses before anything runs"
-import ast, csv, math, shutil
+import ast, csv, math, shutil, time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import nbformat, pytest
@@ -120,6 +121,17 @@ def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
     assert rates == [0.2, 0.3]
     with pytest.raises(ValueError, match=r'finds no row for data digits, arch resnet18, image_size 16, recipe paper, norm wn, init norm_preserving, zero_init False, batch_size 10, stem imagenet, width 1.0, weight_decay 0.0001, precision fp32, augment crop\+mirror, epochs '):
         preview(SMALL | dict(norm='wn', lr='tuned', batch_size=10))
+
+def test_two_sweeps_that_write_at_the_same_time_lose_no_row(elsewhere, monkeypatch):
+    points = plan(expand(SMALL | dict(norm=['bn', 'wn'], lr=0.1, holdout=0.1)))
+    for point in points: pretend(point, top1=50.)
+    def slow_read():
+        rows = tuned_table()
+        time.sleep(0.5)
+        return rows
+    monkeypatch.setattr(tuning, 'tuned_table', slow_read)
+    with ThreadPoolExecutor() as pool: list(pool.map(write_tuned, [[point] for point in points]))
+    assert sorted(row['norm'] for row in tuned_table()) == ['bn', 'wn']
 
 def test_a_setting_whose_every_rate_diverged_gets_no_row(elsewhere):
     points = plan(expand(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2], holdout=0.1)))
