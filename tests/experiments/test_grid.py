@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 
 from conftest import ROOT, snapshot
 from nwrepro.experiments import grid
-from nwrepro.experiments.grid import (Outcome, expand, in_words, over, paces, plan, raise_failed, seconds_left, steps_done,
-                                      together, unfinished_notebook)
+from nwrepro.experiments.grid import (Outcome, expand_grid, format_time, is_done, median_times, make_points, raise_failed, seconds_left, steps_done,
+                                      total_time, unfinished_notebook)
 from nwrepro.training.checkpoint import release
 from nwrepro.training.data import load_source
 from nwrepro.training.loop import begin_run
@@ -34,7 +34,7 @@ def pretend(point, status='finished', **summary):
     run.begin(asdict(point.recipe) | dict(source=dict(train=1437)), {})
     run.finish(status, **summary)
 
-def preview(given): return grid.preview([plan(expand(given))])
+def preview(given): return grid.preview([make_points(expand_grid(given))])
 
 # points
 
@@ -43,7 +43,7 @@ def test_a_grid_is_every_combination_once(elsewhere):
     assert [p.label for p in points] == [f'norm={norm} seed={seed}' for norm in ('bn', 'wn') for seed in (0, 1, 2)]
     assert len({p.record.name for p in points}) == 6 and {p.recipe.dropout for p in points} == {0.1}
     assert [p.label for p in preview(SMALL | dict(norm='wn'))] == ['norm=wn']
-    assert len(plan(expand(SMALL | dict(norm='bn', lr=[0.1, '0.1'], init=['none', 'torch'])))) == 1
+    assert len(make_points(expand_grid(SMALL | dict(norm='bn', lr=[0.1, '0.1'], init=['none', 'torch'])))) == 1
 
 def test_a_point_is_the_run_that_the_same_command_begins(elsewhere):
     point, = preview(SMALL | dict(norm='wn', lr='0.02', max_steps=3))
@@ -57,12 +57,12 @@ def test_a_point_is_the_run_that_the_same_command_begins(elsewhere):
 def test_what_has_ended_is_over(elsewhere):
     done, diverged, cut, new = points = preview(SMALL | dict(norm='wn', seed=[0, 1, 2, 3]))
     for point, status in ((done, 'finished'), (diverged, 'diverged'), (cut, 'interrupted')): pretend(point, status)
-    assert [over(p) for p in points] == [True, True, False, False]
+    assert [is_done(p) for p in points] == [True, True, False, False]
     unfinished_notebook(done.record).touch()
-    assert not over(done)
+    assert not is_done(done)
     unfinished_notebook(done.record).unlink()
     again, = preview(SMALL | dict(norm='wn', fresh=True))
-    assert again.record.name == done.record.name and not over(again)
+    assert again.record.name == done.record.name and not is_done(again)
 
 def test_a_point_that_ended_on_other_images_is_not_taken_for_over(elsewhere):
     done, = preview(SMALL | dict(norm='wn'))
@@ -74,32 +74,32 @@ def test_a_point_that_ended_on_other_images_is_not_taken_for_over(elsewhere):
 
 def test_time_is_estimated_from_finished_runs_alone(elsewhere):
     points = preview(SMALL | dict(norm='wn', seed=[0, 1, 2, 3, 4]))
-    left = lambda: [seconds_left(p, paces(load_runs())) for p in points]
-    assert all(map(math.isnan, left())) and in_words(together(left(), 2)) == 'unknown'
+    left = lambda: [seconds_left(p, median_times(load_runs())) for p in points]
+    assert all(map(math.isnan, left())) and format_time(total_time(left(), 2)) == 'unknown'
     pretend(points[0], 'diverged', steps=10, img_per_s=1., wall_s=1e6)
     Run(points[1].record.name).begin({}, {})
     assert left()[0] == 0 and all(map(math.isnan, left()[1:]))
     pretend(points[2], steps=10, img_per_s=200., wall_s=4.)    # 0.1 s per step, 1 s per evaluation
     assert left() == pytest.approx([0, 4, 0, 4, 4])
     pretend(points[3], steps=10, img_per_s=100., wall_s=8.)    # twice that
-    assert left() == pytest.approx([0, 6, 0, 0, 6]) and together(left(), 2) == pytest.approx(6) and together([1, 9], 2) == 9
+    assert left() == pytest.approx([0, 6, 0, 0, 6]) and total_time(left(), 2) == pytest.approx(6) and total_time([1, 9], 2) == 9
     half, = preview(SMALL | dict(norm='wn', seed=4))
     run = Run(half.record.name)
     run.begin(asdict(half.recipe), {})
     run.log('train', 5, 1., loss=1.)
-    assert steps_done(half) == 5 and seconds_left(half, paces(load_runs())) == pytest.approx(5*0.15+2*1.5)
+    assert steps_done(half) == 5 and seconds_left(half, median_times(load_runs())) == pytest.approx(5*0.15+2*1.5)
     other, = preview(SMALL | dict(norm='wn', image_size=32))
-    assert math.isnan(seconds_left(other, paces(load_runs())))
+    assert math.isnan(seconds_left(other, median_times(load_runs())))
 
 @pytest.mark.parametrize('given, processes, threads', [('3', 2, '3'), (None, 1, 2), (None, 2, 1), (None, 5, 1)])
 def test_threads_are_those_of_the_environment_or_a_share_of_the_cores(given, processes, threads, elsewhere, monkeypatch):
     class Launched(Exception): pass
-    def launch(point, threads): raise Launched(threads)
-    monkeypatch.setattr(grid, 'launch', launch)
+    def launch_point(point, threads): raise Launched(threads)
+    monkeypatch.setattr(grid, 'launch_point', launch_point)
     monkeypatch.setattr(grid, 'machine', lambda: dict(cores=8))
     if given: monkeypatch.setenv('OMP_NUM_THREADS', given)
     else: monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
-    with pytest.raises(Launched) as told: grid.run_points(plan([SMALL | dict(norm='wn', processes=processes)]), 4, lambda running, failed: None)
+    with pytest.raises(Launched) as told: grid.run_points(make_points([SMALL | dict(norm='wn', processes=processes)]), 4, lambda running, failed: None)
     assert told.value.args == (threads,)
 
 def test_what_failed_is_named_at_the_end(elsewhere):
@@ -115,7 +115,7 @@ def start(folder, *command):
 
 def notebook(**given): return ['-m', 'papermill', 'nbs/sweep.ipynb', 'reports/sweep.ipynb', '--no-progress-bar', '-y', json.dumps(given)]
 
-def script(**given): return ['-c', f'from nwrepro.experiments.grid import expand, plan, sweep\nsweep([plan(expand({given!r}))], 2, print)']
+def script(**given): return ['-c', f'from nwrepro.experiments.grid import expand_grid, make_points, sweep\nsweep([make_points(expand_grid({given!r}))], 2, print)']
 
 def ran(folder, *command):
     process = start(folder, *command)
@@ -128,7 +128,7 @@ def test_the_kernel_of_a_point_takes_no_port_that_another_could_have(elsewhere):
     nbformat.write(nbformat.v4.new_notebook(cells=asking, metadata=dict(kernelspec=dict(name='python3', display_name='', language='python'))), 'nbs/train.ipynb')
     record = Record('a-run')
     record.path.mkdir(parents=True)
-    grid.execute({}, 'a-run')
+    grid.execute_notebook({}, 'a-run')
     assert nbformat.read(record.path/'train.ipynb', 4).cells[-1].outputs[0]['data']['text/plain'] == "'ipc'"
 
 @pytest.mark.slow

@@ -100,10 +100,10 @@ def test_other_options_are_free(word, option): assert sbatch_options(word) == op
 REFUSED = """
 import json, os, sys
 from nwrepro.experiments.slurm import run_in_queue, sbatch_options
-from nwrepro.experiments.grid import expand, plan
+from nwrepro.experiments.grid import expand_grid, make_points
 for own, variables in json.loads(sys.argv[2]):
     os.environ.update(variables)
-    try: run_in_queue(plan(expand(json.loads(sys.argv[1]) | own.pop('given', {}))), lambda running, failed: None, hours=1, options=sbatch_options(own.get('sbatch')))
+    try: run_in_queue(make_points(expand_grid(json.loads(sys.argv[1]) | own.pop('given', {}))), lambda running, failed: None, hours=1, options=sbatch_options(own.get('sbatch')))
     except ValueError as error: print(error)
 """
 

@@ -7,8 +7,8 @@ import nbformat, pytest
 
 from conftest import ROOT, snapshot
 from nwrepro.experiments import grid, tuning
-from nwrepro.experiments.grid import expand, over, overview, plan, raise_failed, sweep
-from nwrepro.experiments.tuning import FACTORS, GRIDS, PROBE_STEPS, ladder, learns, setting, survivors, sweep_parameters, write_tuned
+from nwrepro.experiments.grid import expand_grid, is_done, progress_table, make_points, raise_failed, sweep
+from nwrepro.experiments.tuning import LR_FACTORS, GRIDS, PROBE_STEPS, lr_ladder, learns, lr_setting, largest_lr_table, sweep_parameters, write_tuned
 from nwrepro.training.recipe import TUNED_BY, tuned_lr, tuned_table
 from nwrepro.training.runs import Record, Run
 
@@ -60,7 +60,7 @@ REFUSED = [
 
 @pytest.mark.parametrize('wrong, sentence', REFUSED, ids=[str(wrong) for wrong, _ in REFUSED])
 def test_a_refused_value_stops_before_anything_runs(wrong, sentence, elsewhere, monkeypatch):
-    monkeypatch.setattr(grid, 'launch', lambda *args: pytest.fail('something was run'))
+    monkeypatch.setattr(grid, 'launch_point', lambda *args: pytest.fail('something was run'))
     with pytest.raises(ValueError) as refusal:
         given, own = sweep_parameters(CELL | wrong)
         sweep(GRIDS[own.grid](given), own.jobs, lambda table: None)
@@ -71,7 +71,7 @@ def test_a_preview_touches_nothing(elsewhere):
     before = snapshot(elsewhere)
     for name, n in (('points', 2), ('tune_lr', 2*(5+2)), ('survival', 2*18)):
         points = preview(SMALL | dict(norm=['bn', 'wn'], epochs='none' if name == 'survival' else 36), name)
-        table = overview(points, jobs=2)
+        table = progress_table(points, jobs=2)
         assert len(points) == n and table.loc['all', 'status'] == f'0 of {n}' and set(table['left']) == {'unknown'}
     assert snapshot(elsewhere) == before
 
@@ -83,12 +83,12 @@ def test_tuning_runs_the_best_two_again_and_lr_tuned_reads_the_winner(elsewhere)
         best = {'bn': 0.006, 'wn': 0.8}[recipe.norm]
         return 90-10*abs(math.log(recipe.lr/best))+recipe.seed*(15*math.log(recipe.lr/best)+1)
     rounds = []
-    for one in tuning.tuning(asked):
+    for one in tuning.tune_lr(asked):
         for point in one: pretend(point, top1=top1(point.recipe)) if point.recipe.lr < 1 else pretend(point, 'diverged')
         rounds.append(one)
     first, *more, second = rounds
     tried = [p for one in rounds for p in one]
-    assert [len(first), [len(one) for one in more], len(second)] == [2*len(FACTORS), [1, 1, 1], 2*2]
+    assert [len(first), [len(one) for one in more], len(second)] == [2*len(LR_FACTORS), [1, 1, 1], 2*2]
     assert {p.recipe.holdout for p in tried} == {0.1} and {p.recipe.epochs for p in tried} == {36}
     assert {p.recipe.seed for p in first} == {0} and {p.recipe.seed for p in second} == {1}
     assert {(p.recipe.norm, p.recipe.lr) for one in more for p in one} == {('wn', 0.4), ('wn', 0.8), ('wn', 1.6)}
@@ -98,10 +98,10 @@ def test_tuning_runs_the_best_two_again_and_lr_tuned_reads_the_winner(elsewhere)
         with pytest.raises(ValueError, match=f'finds no row for .*norm {norm}.*epochs 6 '): preview(SMALL | dict(norm=norm, lr='tuned', epochs=6))
         with pytest.raises(ValueError, match=f'finds no row for .*norm {norm}.*augment mirror'): preview(SMALL | dict(norm=norm, lr='tuned', epochs=36, augment='mirror'))
         point, = preview(SMALL | dict(norm=norm, lr='tuned', epochs=36))
-        assert point.recipe.lr == lr == tuned_lr(setting(point.recipe)) and point.given['lr'] == 'tuned'
+        assert point.recipe.lr == lr == tuned_lr(lr_setting(point.recipe)) and point.given['lr'] == 'tuned'
     assert rows['n'].tolist() == [2, 2] and rows['epochs'].tolist() == [36, 36]
     assert all(len(runs.split()) == 2 and all(Record(run).status == 'finished' for run in runs.split()) for runs in rows['runs'])
-    assert all(over(p) for one in tuning.tuning(asked) for p in one)
+    assert all(is_done(p) for one in tuning.tune_lr(asked) for p in one)
 
 def test_the_committed_table_names_the_runs_of_each_rate():
     rows = list(csv.DictReader((ROOT/'reports/tuned_lr.csv').open()))
@@ -111,7 +111,7 @@ def test_the_committed_table_names_the_runs_of_each_rate():
 
 def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
     def tune(norm, lr):
-        point, = plan(expand(SMALL | dict(norm=norm, lr=lr, holdout=0.1)))
+        point, = make_points(expand_grid(SMALL | dict(norm=norm, lr=lr, holdout=0.1)))
         pretend(point, top1=50.)
         write_tuned([point])
     tune('wn', 0.1), tune('bn', 0.2), tune('wn', 0.3)
@@ -123,7 +123,7 @@ def test_a_second_tuning_replaces_its_row_and_keeps_the_others(elsewhere):
         preview(SMALL | dict(norm='wn', lr='tuned', batch_size=10))
 
 def test_two_sweeps_that_write_at_the_same_time_lose_no_row(elsewhere, monkeypatch):
-    points = plan(expand(SMALL | dict(norm=['bn', 'wn'], lr=0.1, holdout=0.1)))
+    points = make_points(expand_grid(SMALL | dict(norm=['bn', 'wn'], lr=0.1, holdout=0.1)))
     for point in points: pretend(point, top1=50.)
     def slow_read():
         rows = tuned_table()
@@ -134,14 +134,14 @@ def test_two_sweeps_that_write_at_the_same_time_lose_no_row(elsewhere, monkeypat
     assert sorted(row['norm'] for row in tuned_table()) == ['bn', 'wn']
 
 def test_a_setting_whose_every_rate_diverged_gets_no_row(elsewhere):
-    points = plan(expand(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2], holdout=0.1)))
+    points = make_points(expand_grid(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2], holdout=0.1)))
     for point in points: pretend(point, 'finished' if point.recipe.norm == 'bn' else 'diverged', top1=50. if point.recipe.norm == 'bn' else None)
-    with pytest.raises(ValueError, match='^every rate diverged for wn from norm_preserving, so there is none to keep: give smaller ones'): write_tuned(points)
+    with pytest.raises(ValueError, match='^every learning rate diverged for wn from norm_preserving, so there is none to keep: give smaller ones'): write_tuned(points)
     assert [row['norm'] for row in tuned_table()] == ['bn']
 
 @pytest.mark.parametrize('best, side', [(0.1, 'smaller'), (0.2, ''), (0.4, 'larger')])
 def test_a_best_rate_at_the_end_of_those_tried_says_where_to_go_on(best, side, elsewhere):
-    points = plan(expand(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2, 0.4], holdout=0.1)))
+    points = make_points(expand_grid(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2, 0.4], holdout=0.1)))
     for point in points: pretend(point, top1=60. if point.recipe.lr == (best if point.recipe.norm == 'wn' else 0.2) else 50.)
     assert write_tuned(points).set_index('norm')['try_next'].to_dict() == dict(bn='', wn=side)
     assert 'try_next' not in tuned_table()[0]
@@ -154,11 +154,11 @@ def judged(point, learned, survived):
 @pytest.mark.parametrize('limit', [1e-4, 0.0123, 0.37, 5, 20])
 def test_a_ladder_encloses_the_largest_lr_that_learns(limit, elsewhere):
     probed = []
-    for one in ladder(PROBED | dict(norm='wn', seed=[0, 1])):
+    for one in lr_ladder(PROBED | dict(norm='wn', seed=[0, 1])):
         for point in one: judged(point, point.recipe.lr*2**point.recipe.seed <= limit, point.recipe.lr < 8*limit)
         probed += one
     assert {p.steps for p in probed} == {PROBE_STEPS}
-    for row in survivors(probed).itertuples():
+    for row in largest_lr_table(probed).itertuples():
         at = limit/2**row.seed
         assert row.learns <= at and not row.above < at and row.exceptions == []
         if 2**-12 <= at < 16: assert row.above == 2*row.learns and row.no_divergence >= row.learns
@@ -168,27 +168,27 @@ def test_a_ladder_encloses_the_largest_lr_that_learns(limit, elsewhere):
 
 def test_a_stuck_probe_does_not_learn_and_a_lone_rung_does_not_end_the_ladder(elsewhere):
     probed = []
-    for one in ladder(PROBED | dict(norm='wn')):
+    for one in lr_ladder(PROBED | dict(norm='wn')):
         for point in one: judged(point, point.recipe.lr in (8, 2, 1), True)
         probed += one
-    row, = survivors(probed).to_dict('records')
+    row, = largest_lr_table(probed).to_dict('records')
     assert (row['learns'], row['above'], row['exceptions'], row['no_divergence'], row['probes']) == (2, 4, [8], 16, 5)
     assert [learns(p.record) for p in probed] == [False, True, False, True, True]
 
 def test_combinations_of_a_ladder_end_one_by_one(elsewhere):
     probed = []
-    for one in ladder(PROBED | dict(norm='wn', grad_clip=['none', 1.], lr=[0.01, 4])):
+    for one in lr_ladder(PROBED | dict(norm='wn', grad_clip=['none', 1.], lr=[0.01, 4])):
         for point in one: judged(point, point.recipe.lr < 3 and point.recipe.grad_clip == 1, point.recipe.lr < 0.1)
         probed += one
-    table = survivors(probed)
+    table = largest_lr_table(probed)
     assert table['grad_clip'].isna().tolist() == [True, False] and table['learns'].tolist() == [0, 0.0625] and table['probes'].tolist() == [9, 8]
 
 def test_a_probe_that_never_has_its_steps_at_its_rate_is_refused(elsewhere):
     with pytest.raises(ValueError, match='a probe of 10 steps has 0 after its warm-up of 10, and 200 are needed: give max_steps = 210 and as many epochs as that takes, or neither$'):
-        next(ladder(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=10)))
+        next(lr_ladder(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=10)))
     with pytest.raises(ValueError, match='after 210 of 250 steps the schedule has lowered the learning rate to 0.03 of its value, and 0.9 is needed: give epochs = 840$'):
-        next(ladder(SMALL | dict(norm='wn', epochs=50, warmup_epochs=2)))
-    point, = next(ladder(SMALL | dict(norm='wn', epochs='none', warmup_epochs=2)))
+        next(lr_ladder(SMALL | dict(norm='wn', epochs=50, warmup_epochs=2)))
+    point, = next(lr_ladder(SMALL | dict(norm='wn', epochs='none', warmup_epochs=2)))
     assert (point.steps, point.recipe.epochs, point.recipe.lr) == (210, 840, 16)
 
 def test_a_grid_does_not_build_on_a_round_that_failed(elsewhere, monkeypatch):
@@ -205,5 +205,5 @@ def test_a_real_ladder(elsewhere, monkeypatch):
     monkeypatch.setattr(tuning, 'PROBE_STEPS', 2)
     outcome = sweep(GRIDS['survival'](PROBED | dict(norm='wn', lr=[1e-13, 2e-13])), 1, lambda table: None)
     raise_failed(outcome)
-    row, = survivors(outcome.points).to_dict('records')
+    row, = largest_lr_table(outcome.points).to_dict('records')
     assert row['probes'] == 2 and (row['learns'], row['no_divergence']) == (0, 2e-13) and {p.steps for p in outcome.points} == {2}
