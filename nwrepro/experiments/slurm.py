@@ -32,7 +32,8 @@ def sbatch_options(
             raise ValueError(f'sbatch = {words} is not accepted: {word!r} is no option, expected words as --partition=gpu')
         spelled = name[2:].replace('_', '-')  # submitit takes underscores, and sbatch abbreviations
         if any(option.startswith(spelled) for option in RESERVED_OPTIONS):
-            raise ValueError(f"sbatch = {words} is not accepted: {name} is set by the sweep{' (give hours)' if 'time'.startswith(spelled) else ''}")
+            hint = ' (give hours)' if 'time'.startswith(spelled) else ''
+            raise ValueError(f'sbatch = {words} is not accepted: {name} is set by the sweep{hint}')
         options[name[2:].replace('-', '_')] = value if equals else True
     return options
 
