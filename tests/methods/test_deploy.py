@@ -5,7 +5,7 @@ from safetensors.torch import load, save
 from torch import nn
 from nwrepro.methods.layers import WNConv2d, weight_normalize
 from nwrepro.methods.deploy import fold, to_timm
-from nwrepro.methods.schemes import SCHEMES, Scheme, convert, no_norm, strict
+from nwrepro.methods.schemes import SCHEMES, Scheme, convert, no_norm, strict_weight_normalize
 
 def network(arch, norm, dtype=torch.float32, output_stride=32, **kwargs):
     "A converted network with every parameter and statistic moved off its start"
@@ -86,7 +86,7 @@ def test_a_layer_that_hides_its_weight_is_neither_folded_nor_given_back(mine):
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(fold(model)(x), model.eval()(x), atol=1e-4)
 
-@pytest.mark.parametrize('slots', [dict(conv=weight_normalize, inits=('data',)), dict(conv=strict), dict(norm=no_norm)], ids=['biases before bn', 'no biases before bn', 'no biases'])
+@pytest.mark.parametrize('slots', [dict(conv=weight_normalize, inits=('data',)), dict(conv=strict_weight_normalize), dict(norm=no_norm)], ids=['biases before bn', 'no biases before bn', 'no biases'])
 def test_a_scheme_of_ones_own_is_given_back_whole(slots, mine):
     model = mine(**slots).train()
     x = torch.randn(4, 3, 32, 32)

@@ -10,7 +10,7 @@ from nwrepro.training.data import load_source, pipelines
 from nwrepro.methods.fast import fast_form
 from nwrepro.methods.later import MeanOnlyBatchNorm2d, SCHEMES
 from nwrepro.methods.layers import GhostBatchNorm2d, filter_norms
-from nwrepro.methods.networks import scaled, stock_network
+from nwrepro.methods.networks import scale_channels, stock_network
 from nwrepro.training.distributed import divide, in_turn, running, tracked
 from nwrepro.training.recipe import RECIPES, make_recipe, scheme_facts, tuned_lr, tuned_table
 from nwrepro.training.runs import Record, run_name
@@ -71,7 +71,7 @@ def test_width_scales_every_channel():
     for width in (0.1, 0.25, 0.5, 2):
         full, other = (stock_network('resnet50', 7, width=w) for w in (1, width))
         for a, b in zip(full.modules(), other.modules(), strict=True):
-            if isinstance(a, nn.Conv2d): assert (b.out_channels, b.in_channels) == (scaled(a.out_channels, width), 3 if a.in_channels == 3 else scaled(a.in_channels, width)) and b.out_channels % 8 == 0
+            if isinstance(a, nn.Conv2d): assert (b.out_channels, b.in_channels) == (scale_channels(a.out_channels, width), 3 if a.in_channels == 3 else scale_channels(a.in_channels, width)) and b.out_channels % 8 == 0
         assert other(torch.randn(1, 3, 64, 64)).shape == (1, 7)
 
 def test_full_width_draws_the_numbers_of_timm():

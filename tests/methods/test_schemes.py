@@ -4,11 +4,11 @@ import pytest, timm, torch
 from conftest import FIVE
 from safetensors.torch import load, save
 from torch import nn
-from nwrepro.methods.initialization import blocks, init_norm_preserving, layer_parts
+from nwrepro.methods.initialization import residual_blocks, init_norm_preserving, layer_parts
 from nwrepro.methods.layers import NPAdd, NPReLU, TReLU, WNAdd, WNConv2d, filter_norms, weight_normalize
 from nwrepro.methods.fast import fast_form
 from nwrepro.methods.deploy import to_timm
-from nwrepro.methods.schemes import SCHEMES, JoinBlock, Scheme, batch_norm, convert, keep, no_norm, parameter_roles, relu, strict, with_bias
+from nwrepro.methods.schemes import SCHEMES, JoinBlock, Scheme, batch_norm, convert, keep_module, no_norm, parameter_roles, relu, strict_weight_normalize, with_bias
 
 def error(a, b): return ((a-b).abs().max()/b.abs().max()).item()
 
@@ -91,10 +91,10 @@ def mine(monkeypatch):
     return make
 
 NP = dict(conv=weight_normalize, norm=no_norm, act=lambda channels: NPReLU(), join=lambda channels: NPAdd(), inits=('np',))
-TRELU = dict(conv=strict, norm=no_norm, act=TReLU, join=WNAdd, inits=('even',))
+TRELU = dict(conv=strict_weight_normalize, norm=no_norm, act=TReLU, join=WNAdd, inits=('even',))
 
-@pytest.mark.parametrize('slots', [NP | dict(join=None), NP | dict(act=relu), NP | dict(conv=with_bias, inits=('torch',)), NP | dict(conv=strict, inits=('torch',)), NP | dict(arch='resnet26'),
-                                   TRELU | dict(conv=weight_normalize), TRELU | dict(conv=with_bias), TRELU | dict(conv=keep, norm=batch_norm), TRELU | dict(arch='resnet26'), TRELU | dict(act=relu)],
+@pytest.mark.parametrize('slots', [NP | dict(join=None), NP | dict(act=relu), NP | dict(conv=with_bias, inits=('torch',)), NP | dict(conv=strict_weight_normalize, inits=('torch',)), NP | dict(arch='resnet26'),
+                                   TRELU | dict(conv=weight_normalize), TRELU | dict(conv=with_bias), TRELU | dict(conv=keep_module, norm=batch_norm), TRELU | dict(arch='resnet26'), TRELU | dict(act=relu)],
                          ids=['np, plain sum', 'np, relu', 'np, plain convolutions', 'np, strict', 'np, dropped paths', 'trelu, affine', 'trelu, plain convolutions', 'trelu, bn', 'trelu, dropped paths', 'trelu, relu'])
 def test_slots_go_together_as_one_likes(slots, mine):
     "And their fast form, fused where it can be, computes the same"
@@ -109,7 +109,7 @@ def test_branches_start_at_zero_and_come_on_slowly(norm, init, mine, monkeypatch
     torch.manual_seed(0)
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
     model = convert(timm.create_model('resnet18', num_classes=10), norm, init, x, zero_init=True)
-    ends, seen = [block.bn2 for block, _ in blocks(model)], []
+    ends, seen = [block.bn2 for block, _ in residual_blocks(model)], []
     for end in ends: end.register_forward_hook(lambda m, args, out: seen.append(out.abs().max().item()))
     nn.functional.cross_entropy(model(x), y).backward()
     assert seen == [0.]*8
