@@ -25,7 +25,9 @@ def scheme_paths(
     "The files that a parameter names; ValueError for one that is not there"
     paths = [project_root()/Path(word.strip()).expanduser() for word in (schemes or '').split(',') if word.strip()]
     for path in paths:
-        if path.suffix != '.py' or not path.is_file(): raise ValueError(f'schemes = {schemes} is not accepted: {shown(path)} is no Python file that is there; expected paths of .py files, joined by commas')
+        if path.suffix != '.py' or not path.is_file():
+            raise ValueError(f'schemes = {schemes} is not accepted: {shown(path)} is no Python file that is there; '
+                             'expected paths of .py files, joined by commas')
     return paths
 
 def execute_file(
@@ -54,6 +56,7 @@ def try_scheme(
     except Exception as error: raise ValueError(f'scheme {name!r} cannot take an image: {type(error).__name__}: {error}') from None
     finally: torch.random.set_rng_state(torch_state)
 
+# %% ../../nbs/methods/custom.ipynb #a901cbd5
 def load_schemes(
     schemes:str|None,  # as `scheme_paths` takes it
 )->list[str]:          # names of the schemes that are in the table now because of it
@@ -87,7 +90,8 @@ def scheme_hash(
     scheme = SCHEMES[name]
     if scheme is BUILT_IN.get(name): return None
     if not scheme.source:
-        raise ValueError(f'scheme {name!r} was defined in this session only, and a run could not be repeated: put it into a file, with `%%writefile my_schemes.py` on top of its cell, and give schemes = my_schemes.py')
+        raise ValueError(f'scheme {name!r} was defined in this session only, and a run could not be repeated: put it into a file, '
+                         'with `%%writefile my_schemes.py` on top of its cell, and give schemes = my_schemes.py')
     return hashlib.sha256(scheme.source.encode()).hexdigest()[:16]
 
 @contextmanager

@@ -51,7 +51,11 @@ class WSConv2d(StdConv2d):
     @property
     def w(self)->torch.Tensor: return standardize_weight(self.weight, self.eps)
 
-def standardized_conv(conv:nn.Conv2d)->nn.Conv2d: return rebuild_conv(conv, WSConv2d) if conv.bias is None else conv  # no bias: normalization behind it
+def standardized_conv(
+    conv:nn.Conv2d,  # stock convolution
+)->nn.Conv2d:
+    "Standardized where the stock convolution has no bias, and hence a normalization behind it; else as it is"
+    return rebuild_conv(conv, WSConv2d) if conv.bias is None else conv
 
 # %% ../../nbs/methods/later.ipynb #l4t0000i
 class MeanOnlyBatchNorm2d(nn.Module):
@@ -160,7 +164,9 @@ def nf_blocks(
     alpha:float=0.2,   # factor on residuals
 )->None:
     "Put residual blocks into the order of NF-ResNets, with the variance that each expects"
-    if residual_blocks(model) and not isinstance(model, ResNet): raise ValueError("norm 'nf' changes the order within residual blocks, for which it must know the whole network: it takes timm ResNets and networks without timm's blocks")
+    if residual_blocks(model) and not isinstance(model, ResNet):
+        raise ValueError("norm 'nf' changes the order within residual blocks, for which it must know the whole network: "
+                         "it takes timm ResNets and networks without timm's blocks")
     first = next(m for m in model.modules() if isinstance(m, NFConv2d))
     first.scale /= NF_GAMMA
     places, var = {block: name for name, block in model.named_modules()}, 1.

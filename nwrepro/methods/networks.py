@@ -14,7 +14,12 @@ from timm.models.resnet import ResNet
 from .deploy import STOCK_LAYERS
 
 # %% ../../nbs/methods/networks.ipynb #n3t00008
-def scale_channels(channels, width): return channels if width == 1 else make_divisible(channels*width, 8)
+def scale_channels(
+    channels:int,  # at width 1
+    width:float,   # factor
+)->int:
+    "Channels times width, rounded to a multiple of 8"
+    return channels if width == 1 else make_divisible(channels*width, 8)
 
 def scale_width(
     model:ResNet,  # stock timm ResNet, changed in place
@@ -70,8 +75,13 @@ class Cifar10NV(nn.Sequential):
 STEMS = ('imagenet', 'cifar')
 ARCHS = (*timm.list_models('resnet*', module='resnet'), 'cifar10_nv')
 
-def check_stem(arch, stem):
-    if arch == 'cifar10_nv' and stem != 'imagenet': raise ValueError(f'stem = {stem} is for ResNets: cifar10_nv has first layers of its own, so leave stem out')
+def check_stem(
+    arch:str,  # name in `ARCHS`
+    stem:str,  # name in `STEMS`
+)->None:
+    "ValueError for a stem that a network does not take"
+    if arch == 'cifar10_nv' and stem != 'imagenet':
+        raise ValueError(f'stem = {stem} is for ResNets: cifar10_nv has first layers of its own, so leave stem out')
 
 def check_resnet(
     model:nn.Module,  # of timm
@@ -79,9 +89,10 @@ def check_resnet(
     "ValueError unless it is one of resnet18 to resnet152"
     plain = isinstance(model, ResNet) and isinstance(model.conv1, nn.Conv2d) and type(model.fc) is nn.Linear
     if not plain or any(type(m) not in (*STOCK_LAYERS, nn.Sequential) for m in model.modules() if not list(m.children())):
-        raise ValueError(f'{type(model).__name__} is not a stock timm ResNet that a run takes (resnet18 to resnet152: one stem convolution, '
-                         'batch normalization, ReLU, no squeeze-excitation, no blurred pooling)')
+        raise ValueError(f'{type(model).__name__} is not a stock timm ResNet that a run takes (resnet18 to resnet152: '
+                         'one stem convolution, batch normalization, ReLU, no squeeze-excitation, no blurred pooling)')
 
+# %% ../../nbs/methods/networks.ipynb #5f2738f4
 def stock_network(
     arch:str,                # name in `ARCHS`
     classes:int,             # outputs
