@@ -59,7 +59,7 @@ def fold(
             if layer: setattr(parent, name, plain_layer(child))
             elif normalizes:
                 if not conv:
-                    raise ValueError(f"{type(child).__name__} ({f'{path}.{name}'.strip('.')}) does not stand directly behind a convolution "
+                    raise ValueError(f"{type(child).__name__} ({f'{path}.{name}'.strip('.')}) does not directly follow a convolution "
                                      "and can't be folded: deploy this model as it is")
                 before, batch_norm = getattr(parent, conv), isinstance(child, nn.BatchNorm2d)
                 setattr(parent, conv, fuse_conv_bn_eval(before, child) if batch_norm else scale_layer(before, *child.scale_shift()))
@@ -72,7 +72,7 @@ def fold(
 # %% ../../nbs/methods/deploy.ipynb #eab6d2ec
 def bn_name(
     conv:str,  # name of a convolution in a timm ResNet
-)->str:        # name of the normalization behind it
+)->str:        # name of the normalization after it
     "'layer1.0.conv2' -> 'layer1.0.bn2', 'layer1.0.downsample.0' -> 'layer1.0.downsample.1'"
     stem, last = conv.rsplit('.', 1) if '.' in conv else ('', conv)
     name = last.replace('conv', 'bn') if last.startswith('conv') else str(int(last)+1)

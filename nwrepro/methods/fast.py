@@ -36,11 +36,11 @@ def step_filters(
     norm_v:torch.Tensor,    # norm of v, `[out, 1]`, changed in place
     sign:torch.Tensor,      # sign of g, `[out, 1]`, changed in place
     m_g:torch.Tensor,       # momentum of g, `[out, 1]`, changed in place
-    rates:torch.Tensor,     # lr, momentum, weight decay of v, weight decay of g, lr of g; `[5]`
+    hypers:torch.Tensor,    # lr, momentum, weight decay of v, weight decay of g, lr of g; `[5]`
     strict:bool,            # g is 1
 )->None:
     "One step of SGD on `v` and `g` of each filter; a filter of norm 0 stays as it is"
-    lr, momentum, decay_v, decay_g, lr_g = rates
+    lr, momentum, decay_v, decay_g, lr_g = hypers
     ww, wd, wm, dd, dm, mm = row_dot(w, w), row_dot(w, dw), row_dot(w, m), row_dot(dw, dw), row_dot(dw, m), row_dot(m, m)
     alive, g = ww > 0, sign*ww.sqrt()                               # g as it is, also in a strict filter that was edited
     inverse = torch.where(alive, 1/g, 0)

@@ -54,7 +54,7 @@ class WSConv2d(StdConv2d):
 def standardized_conv(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Conv2d:
-    "Standardized where the stock convolution has no bias, and hence a normalization behind it; else as it is"
+    "Standardized where the stock convolution has no bias, and hence a normalization after it; else as it is"
     return rebuild_conv(conv, WSConv2d) if conv.bias is None else conv
 
 # %% ../../nbs/methods/later.ipynb #l4t0000i
@@ -90,7 +90,7 @@ def mean_only_norm(bn:nn.BatchNorm2d)->nn.Module: return MeanOnlyBatchNorm2d(bn.
 def wn_keep_bias(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Module:
-    "Weight-normalised convolution with a bias only where the stock one has it; else the normalization behind it brings one"
+    "Weight-normalised convolution with a bias only where the stock one has it; else the normalization after it brings one"
     new = weight_normalize(conv)
     if conv.bias is None: new.bias = None
     return new

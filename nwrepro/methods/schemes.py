@@ -193,7 +193,7 @@ def check_layers(
                              f"it knows {', '.join(kind.__name__ for kind in KNOWN_LAYERS)}")
     if SCHEMES[scheme].norm is not no_norm and not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()):
         raise ValueError(f'{type(model).__name__} has no nn.BatchNorm2d, so that norm {scheme!r} has no slot for its normalization: '
-                         'put one behind each convolution that is to have it')
+                         'put one after each convolution that is to have it')
 
 # %% ../../nbs/methods/schemes.ipynb #d0c5t4t2
 def takes_batch_statistics(

@@ -103,7 +103,7 @@ def test_tuning_runs_the_best_two_again_and_lr_tuned_reads_the_winner(elsewhere)
     assert all(len(runs.split()) == 2 and all(Record(run).status == 'finished' for run in runs.split()) for runs in rows['runs'])
     assert all(is_done(p) for one in tuning.tune_lr(asked) for p in one)
 
-def test_the_committed_table_names_the_runs_of_each_rate():
+def test_the_committed_table_names_the_runs_of_each_learning_rate():
     rows = list(csv.DictReader((ROOT/'reports/tuned_lr.csv').open()))
     header = (ROOT/'reports/tuned_lr.csv').read_text().splitlines()[0].split(',')
     assert header == [*TUNED_BY, 'epochs', 'lr', 'top1', 'n', 'runs', 'date']
@@ -133,14 +133,14 @@ def test_two_sweeps_that_write_at_the_same_time_lose_no_row(elsewhere, monkeypat
     with ThreadPoolExecutor() as pool: list(pool.map(write_tuned, [[point] for point in points]))
     assert sorted(row['norm'] for row in tuned_table()) == ['bn', 'wn']
 
-def test_a_setting_whose_every_rate_diverged_gets_no_row(elsewhere):
+def test_a_setting_whose_every_learning_rate_diverged_gets_no_row(elsewhere):
     points = make_points(expand_grid(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2], holdout=0.1)))
     for point in points: pretend(point, 'finished' if point.recipe.norm == 'bn' else 'diverged', top1=50. if point.recipe.norm == 'bn' else None)
     with pytest.raises(ValueError, match='^every learning rate diverged for wn from norm_preserving, so there is none to keep: give smaller ones'): write_tuned(points)
     assert [row['norm'] for row in tuned_table()] == ['bn']
 
 @pytest.mark.parametrize('best, side', [(0.1, 'smaller'), (0.2, ''), (0.4, 'larger')])
-def test_a_best_rate_at_the_end_of_those_tried_says_where_to_go_on(best, side, elsewhere):
+def test_a_best_learning_rate_at_the_end_of_those_tried_says_where_to_go_on(best, side, elsewhere):
     points = make_points(expand_grid(SMALL | dict(norm=['bn', 'wn'], lr=[0.1, 0.2, 0.4], holdout=0.1)))
     for point in points: pretend(point, top1=60. if point.recipe.lr == (best if point.recipe.norm == 'wn' else 0.2) else 50.)
     assert write_tuned(points).set_index('norm')['try_next'].to_dict() == dict(bn='', wn=side)
@@ -183,7 +183,7 @@ def test_combinations_of_a_ladder_end_one_by_one(elsewhere):
     table = largest_lr_table(probed)
     assert table['grad_clip'].isna().tolist() == [True, False] and table['learns'].tolist() == [0, 0.0625] and table['probes'].tolist() == [9, 8]
 
-def test_a_probe_that_never_has_its_steps_at_its_rate_is_refused(elsewhere):
+def test_a_probe_that_never_has_its_steps_at_its_learning_rate_is_refused(elsewhere):
     with pytest.raises(ValueError, match='a probe of 10 steps has 0 after its warm-up of 10, and 200 are needed: give max_steps = 210 and as many epochs as that takes, or neither$'):
         next(lr_ladder(SMALL | dict(norm='wn', epochs=3, warmup_epochs=2, max_steps=10)))
     with pytest.raises(ValueError, match='after 210 of 250 steps the schedule has lowered the learning rate to 0.03 of its value, and 0.9 is needed: give epochs = 840$'):

@@ -8,7 +8,7 @@ from nwrepro.methods.deploy import fold, to_timm
 from nwrepro.methods.schemes import SCHEMES, Scheme, convert, no_norm, strict_weight_normalize
 
 def network(arch, norm, dtype=torch.float32, output_stride=32, **kwargs):
-    "A converted network with every parameter and statistic moved off its start"
+    "A converted network with every parameter and statistic moved off its initialization"
     torch.manual_seed(0)
     model = convert(timm.create_model(arch, num_classes=10, output_stride=output_stride), norm, **kwargs).to(dtype)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_networks_of_known_layers_are_converted_whatever_their_stem_and_pools(ar
     assert model(x).isfinite().all()
     if norm != 'bn' or arch == 'resnetaa50': assert error(fold(model)(x), model(x)) <= LIMITS[torch.float64]
     else:
-        with pytest.raises(ValueError, match=r'GhostBatchNorm2d \(bn1\) does not stand directly behind a convolution'): fold(model)
+        with pytest.raises(ValueError, match=r'GhostBatchNorm2d \(bn1\) does not directly follow a convolution'): fold(model)
     with pytest.raises(ValueError, match=r'fold\(model\)'): to_timm(model)
 
 def test_a_layer_that_hides_its_weight_is_neither_folded_nor_given_back(mine):

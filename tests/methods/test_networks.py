@@ -237,5 +237,5 @@ def test_a_network_without_slots_or_with_unknown_layers_is_refused_by_name():
     with pytest.raises(ValueError, match=r'^surgery does not know the layer Tanh \(1\) of Sequential: it knows Conv2d, '): convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()), 'wn')
     with pytest.raises(ValueError, match="has no nn.BatchNorm2d, so that norm 'gn' has no slot"): convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 'gn')
     with pytest.raises(ValueError, match='nothing to convert'): convert(nn.Sequential(nn.ReLU()), 'wn')
-    with pytest.raises(ValueError, match=r'GhostBatchNorm2d \(2\) does not stand directly behind a convolution'):
+    with pytest.raises(ValueError, match=r'GhostBatchNorm2d \(2\) does not directly follow a convolution'):
         fold(convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), 'bn'))

@@ -43,7 +43,7 @@ def test_copies_files_and_gradients(norm):
     for other in (twin, fresh): torch.testing.assert_close(other.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 @pytest.mark.parametrize('init', ('torch', 'data', 'norm_preserving'))
-def test_wn_and_none_start_as_the_same_function(init):
+def test_wn_and_none_are_initialized_as_the_same_function(init):
     x = torch.randn(8, 3, 64, 64)
     nets = []
     for norm in ('none', 'wn'):
@@ -53,7 +53,7 @@ def test_wn_and_none_start_as_the_same_function(init):
     torch.testing.assert_close(nets[0].conv1.weight, nets[1].conv1.w)
 
 @pytest.mark.parametrize('norm', ('wn', 'np', 'trelu'))
-def test_v_has_one_length_whatever_the_start(norm):
+def test_v_has_one_norm_whatever_the_initialization(norm):
     for init in SCHEMES[norm].inits:
         model = convert(timm.create_model('resnet26', num_classes=10), norm, init=init, x=torch.randn(4, 3, 32, 32))
         for layer, (part, _) in layer_parts(model).items():
@@ -104,7 +104,7 @@ def test_slots_go_together_as_one_likes(slots, mine):
         for kernels in (False, True): assert error(fast_form(model, kernels)(x), model(x)) < 1e-4
 
 @pytest.mark.parametrize('norm, init', [('bn', None), ('none', 'torch'), ('none', 'data'), ('wn', 'data'), ('mine', None)], ids=str)
-def test_branches_start_at_zero_and_come_on_slowly(norm, init, mine, monkeypatch):
+def test_zero_init_branches_are_zero_and_change_slowly(norm, init, mine, monkeypatch):
     monkeypatch.setitem(SCHEMES, 'mine', Scheme(norm=lambda bn: nn.GroupNorm(8, bn.num_features)))
     torch.manual_seed(0)
     x, y = torch.randn(8, 3, 32, 32), torch.arange(8)
@@ -118,8 +118,8 @@ def test_branches_start_at_zero_and_come_on_slowly(norm, init, mine, monkeypatch
     assert 0 < max(seen) < 0.1
 
 @pytest.mark.parametrize('norm', ('none', 'wn'))
-def test_gains_of_the_norm_preserving_start_by_place(norm):
-    "What Arpit, Campos & Bengio 2019 prescribe for ResNet-50, times out/in: squared gains of squared length"
+def test_gains_of_the_norm_preserving_init_by_place(norm):
+    "What Arpit, Campos & Bengio 2019 prescribe for ResNet-50, times out/in: squared gains of squared norm"
     model = convert(timm.create_model('resnet50'), norm)
     init_norm_preserving(model)
     def gain(conv): return (filter_norms(conv.w if norm == 'wn' else conv.weight).square()*conv.out_channels/conv.in_channels).tolist()
