@@ -171,7 +171,7 @@ SCALE_PARAMETERS = ('scale', 'gamma', 'gain', 'g', 'weight')  # parameters that 
 def zero_init_residual(
     model:nn.Module,  # network that joins its branches by a plain sum, changed in place
 )->None:
-    "Set the scale of each residual branch's last layer to 0, and the biases behind it; equal for all schemes with a sum"
+    "Set the scale of each residual branch's last layer to 0, and the biases after it; equal for all schemes with a sum"
     for block, _ in residual_blocks(model):
         modules = (block.bn3, block.conv3) if hasattr(block, 'conv3') else (block.bn2, block.conv2)
         norm, conv = [dict(m.named_parameters(recurse=False)) for m in modules]

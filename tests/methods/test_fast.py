@@ -19,7 +19,7 @@ from nwrepro.methods.deploy import fold, to_timm
 from nwrepro.methods.schemes import convert, parameter_roles
 from nwrepro.training.checkpoint import Interrupted
 from nwrepro.training.loop import fit, logits_of, make_model, make_optimizer, make_schedule, start, train_step, trained
-from test_training import digits, train as train_run
+from test_loop import digits, train as train_run
 
 ALL, WN = ('bn', 'none', 'wn', 'np', 'trelu'), ('wn', 'np', 'trelu')
 X = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(5)).double()
