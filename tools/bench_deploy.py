@@ -8,7 +8,8 @@ import argparse, copy, statistics, time
 import timm, torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from nwrepro.methods.schemes import convert, fold
+from nwrepro.methods.deploy import fold
+from nwrepro.methods.schemes import convert
 
 @torch.no_grad()
 def lived_in(model):

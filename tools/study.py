@@ -11,7 +11,7 @@ from pathlib import Path
 from nwrepro.training.recipe import DEFAULTS, check_parameters
 from nwrepro.training.records import pack, records
 from nwrepro.training.runs import RESULTS, canonical
-from nwrepro.experiments.grid import BOUNDS, PROBE_STEPS, learns, top_rung
+from nwrepro.experiments.tuning import LR_BOUNDS, PROBE_STEPS, largest_lr, learns
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT/'reports'/'cifar10'
@@ -60,8 +60,8 @@ def tuned(arm, score):
 def rungs(arm, warmup, seed, ended):
     "Probes of 200 steps at full learning rate, from 16 down until two in a row learn"
     batches = (REGIME.get('train_images') or 50_000)//COMMON['batch_size']
-    steps, tried, lr = round(warmup*batches)+PROBE_STEPS, {}, BOUNDS[1]
-    while lr >= BOUNDS[0] and not top_rung(tried).learns:
+    steps, tried, lr = round(warmup*batches)+PROBE_STEPS, {}, LR_BOUNDS[1]
+    while lr >= LR_BOUNDS[0] and not largest_lr(tried).learns:
         given = COMMON | REGIME | ARMS[arm] | dict(lr=lr, seed=seed, warmup_epochs=warmup, max_steps=steps, epochs=math.ceil(20*steps/batches), eval_every=1000)
         yield given
         if key(given) not in ended: return

@@ -14,7 +14,7 @@ from collections import namedtuple
 import numpy, pandas, torch
 import torch.nn.functional as F
 from torch import nn
-from ..methods.initialization import blocks
+from ..methods.initialization import residual_blocks
 from ..methods.fast import FusedNPReLU, FusedTReLU, WNSGD, compiled, trelu_backward
 from ..training.probes import direction, evaluating, grad_length
 
@@ -43,7 +43,7 @@ def part_kinds(
         if isinstance(m, (nn.Conv2d, nn.Linear)): found[name] = 'conv' if isinstance(m, nn.Conv2d) else 'linear'
         elif name.rpartition('.')[2].startswith('act'): found[name] = 'act'
         elif isinstance(m, nn.MaxPool2d): found[name] = 'pool'
-    for block, _ in blocks(model):
+    for block, _ in residual_blocks(model):
         end, own = '3' if hasattr(block, 'conv3') else '2', names[block]
         found[f'{own}.conv{end}'], found[own] = 'last', 'join' if getattr(block, 'downsample', None) is None else 'join_down'
         found.pop(f'{own}.act{end}', None)

@@ -35,7 +35,8 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         x:torch.Tensor,  # activations, `[N, C, H, W]`
     )->torch.Tensor:     # normalised activations, `[N, C, H, W]`
         bn_batch = self.bn_batch if self.training else None
-        return ghost_batch_norm(x, bn_batch, self.num_batches_tracked, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps)
+        return ghost_batch_norm(x, bn_batch, self.num_batches_tracked, self.running_mean, self.running_var, self.weight, self.bias,
+                                self.training, self.momentum, self.eps)
 
 # %% ../../nbs/methods/layers.ipynb #6007f91e
 def filter_norms(
@@ -44,7 +45,6 @@ def filter_norms(
     "Euclidean norm of each filter; no copy is made of a channels_last tensor"
     return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)))
 
-# %% ../../nbs/methods/layers.ipynb #a3fc9f9d
 @torch.fx.wrap  # one node for those who trace a network, such as feature extractors
 def wn_weight(
     v:torch.Tensor,             # direction of each filter, `[out, ...]`; its own norm is free
@@ -66,7 +66,6 @@ def split_weight(
     layer.register_parameter('g', nn.Parameter(filter_norms(v)) if affine else None)
     if not affine: layer.bias = None
 
-# %% ../../nbs/methods/layers.ipynb #dee962ed
 class WNConv2d(nn.Conv2d):
     "`nn.Conv2d` whose filters have direction `v`, `[out, in/groups, kh, kw]`, and norm `g`, `[out]`"
     def __init__(self,
@@ -123,7 +122,6 @@ def weight_normalize(
 C2 = math.sqrt(1/(2*math.pi))         # mean of ReLU(z), z ~ N(0, 1)
 C1 = math.sqrt((1-1/math.pi)/2)       # its standard deviation
 
-# %% ../../nbs/methods/layers.ipynb #15aeb817
 class NPReLU(nn.Module):
     "ReLU shifted and scaled to mean 0, variance 1 for N(0, 1) inputs; Arpit et al. 2016"
     def forward(self,

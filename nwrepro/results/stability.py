@@ -10,22 +10,22 @@ __all__ = ['NO_LADDER', 'full_lr_steps', 'is_ladder', 'limits_of', 'limits', 'li
 import math
 from dataclasses import replace
 import numpy, pandas
-from .accuracy import WN_FAMILY
-from .variants import VARIANT, complete, ended_first, grouped
-from ..training.runs import RESULTS
-from .statistics import MIN_RUNS, Estimate, mean_interval, threshold_gap
+from ..experiments.tuning import MIN_LR_SHARE, PROBE_STEPS, largest_lr
 from ..methods.schemes import SCHEMES
-from ..experiments.grid import HELD, PROBE_STEPS, top_rung
+from .accuracy import WN_FAMILY
+from .statistics import MIN_RUNS, Estimate, mean_interval, threshold_gap
+from .variants import VARIANT, complete, ended_first, grouped
 from .verdicts import Verdict, best_comparison, claim, kind_of, not_tested, number_row, setting_text, ruling, table_of
+from ..training.runs import RESULTS
 
 # %% ../../nbs/results/stability.ipynb #718ba7ab
 def full_lr_steps(
     setting:dict,   # of probes
 )->int:             # steps after the warm-up
-    "How many steps a probe could take at `HELD` or more of its learning rate"
+    "How many steps a probe could take at `MIN_LR_SHARE` or more of its learning rate"
     images = (setting['train_images'] or setting['train'] or 0)*(1-(setting['holdout'] or 0))
     batches = int(images+1e-6)//(setting['batch_size'] or 1)
-    share = math.acos(2*HELD-1)/math.pi if setting['schedule'] == 'cosine' else 1-math.sqrt(HELD)
+    share = math.acos(2*MIN_LR_SHARE-1)/math.pi if setting['schedule'] == 'cosine' else 1-math.sqrt(MIN_LR_SHARE)
     kept = min(setting['max_steps'], math.ceil(share*(setting['epochs'] or 0)*batches))
     return int(kept-round((setting['warmup_epochs'] or 0)*batches))
 
@@ -44,7 +44,7 @@ def limits_of(
     rows = []
     for seed, own in ended.groupby('seed'):
         finished = own.status == 'finished'
-        rung = top_rung(dict(zip(own.lr, finished & (own.verdict == 'learning'), strict=True)))
+        rung = largest_lr(dict(zip(own.lr, finished & (own.verdict == 'learning'), strict=True)))
         if not rung.learns and own.lr.min() in rung.exceptions: continue  # interrupted: its lowest rung learns, and the next one is missing
         rows.append(dict(seed=seed, below=rung.learns, above=rung.above, exceptions=len(rung.exceptions),
                          no_divergence=own.lr[finished].max() if finished.any() else 0.))

@@ -31,11 +31,11 @@ from safetensors.torch import load_file, save
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from timm.utils import accuracy
 from torch import nn
-from ..methods.custom import scheme_of
+from ..methods.custom import recorded_schemes
 from .data import Source, balanced, holdout
 from .pipeline import Views, key, loader, pipelines
 from ..common import shown
-from ..methods.fast import WNSGD, compiler_works, copy_norms, fast_form, plain_weights, readable_layers, write_back
+from ..methods.fast import WNSGD, compiler_works, copy_norms, fast_form, plain_weights, wn_layers, write_back
 from ..methods.networks import stock_network
 from .distributed import divide, from_first, make_accelerator, meet, merge_statistics, running, together, tracked, wrapped
 from .probes import Watch, filter_coherence, first_nonfinite, first_nonfinite_gradient, grad_length, layer_outputs, rounded, weight_lengths
@@ -153,7 +153,7 @@ def start(
     "Put a run together on this machine's device"
     team, accelerator = meet(), make_accelerator()
     compile = recipe.compile != 'off' and compiler_works()
-    if keep is None and not compile: keep = readable_layers(model)  # without a compiler the readable form is the faster one
+    if keep is None and not compile: keep = wn_layers(model)  # without a compiler the readable form is the faster one
     fast = fast_form(model.to(accelerator.device), compile and recipe.compile == 'kernels', keep)
     optimizer = make_optimizer(fast, model, recipe, compile)
     forward = wrapped(accelerator, fast)  # among several processes `forward` is `fast` in a wrapper
@@ -313,7 +313,7 @@ def checkpoint(
     state.seconds['wall'], state.saved_at = time.perf_counter()-state.clock, time.monotonic()
     if state.team.is_main_process:
         parts = {part: getattr(state, part).state_dict() for part in ('fast', 'optimizer', 'rule')}
-        save_state(state.run, state.step, dict(parts, keep=readable_layers(state.fast), step=state.step, seconds=state.seconds, sums=state.sums))
+        save_state(state.run, state.step, dict(parts, keep=wn_layers(state.fast), step=state.step, seconds=state.seconds, sums=state.sums))
     write_back(state.fast, state.model, state.optimizer)
 
 # %% ../../nbs/training/loop.ipynb #6fd12f8b
@@ -650,6 +650,6 @@ def trained(
     weights = final_weights(run)
     if not weights:
         raise ValueError(f'run {run.name} has no weights here: they are expected at {shown(run.checkpoints/"final.safetensors")}; copy them from the machine that trained it, or train it again')
-    with scheme_of(run.path/'scheme.py'): model = make_model(replace(recipe_of(run), init='keep'), run.config['source']['classes'])  # no init, since the weights come
+    with recorded_schemes(run.path/'scheme.py'): model = make_model(replace(recipe_of(run), init='keep'), run.config['source']['classes'])  # no init, since the weights come
     model.load_state_dict(weights)
     return model.eval()

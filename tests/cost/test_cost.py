@@ -9,7 +9,7 @@ from conftest import FIVE, run_in
 from nwrepro.cost.roofline import Ceiling, Machine, Part, conv_work, filter_step, kept_bytes, map_rates, part_sizes, part_work, predict_step_ratios, step_work, work_seconds
 from nwrepro.results.claims import CLAIMS
 from nwrepro.results.costs import cost_records
-from nwrepro.methods.schemes import convert, period_strides
+from nwrepro.methods.schemes import convert, set_v1_strides
 
 SMALL = '-p arch resnet18 -p image_size 16 -p batch_size 4 -p rounds 6'.split()
 INF = float('inf')
@@ -32,7 +32,7 @@ def test_sizes_of_a_network_by_hand(stock):
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50'])
 def test_every_scheme_has_the_sizes_of_the_stock_network(arch):
     plain = timm.create_model(arch, num_classes=10)
-    period_strides(plain)
+    set_v1_strides(plain)
     for norm in FIVE:
         converted = convert(plain, norm)
         mode = [m.training for m in converted.modules()]

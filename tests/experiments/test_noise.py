@@ -2,12 +2,13 @@
 import importlib.util
 import pytest, torch
 from conftest import ROOT
-from nwrepro.methods.custom import load_schemes, scheme_of
+from nwrepro.methods.custom import load_schemes, recorded_schemes
 from nwrepro.training.sources import load_source
 from nwrepro.training.pipeline import loader
 from nwrepro.methods.layers import GhostBatchNorm2d
 from nwrepro.training.recipe import make_recipe
-from nwrepro.methods.schemes import SCHEMES, fold
+from nwrepro.methods.deploy import fold
+from nwrepro.methods.schemes import SCHEMES
 from nwrepro.training.loop import make_model, make_views
 
 FILE = ROOT/'reports/cifar10/wn_noise.py'
@@ -54,7 +55,7 @@ def test_measured_on_bn_the_noise_trains_wn(noise, tmp_path, monkeypatch):
     assert text.count('SIZES = {}') == 1
     (tmp_path/'wn_noise.py').write_text(text.replace('SIZES = {}', f'SIZES = {sizes}'))
     SCHEMES.pop('wn_noise')
-    with scheme_of(tmp_path/'wn_noise.py'):
+    with recorded_schemes(tmp_path/'wn_noise.py'):
         recipe = make_recipe(given | dict(norm='wn_noise', lr=0.01), source)
         model = make_model(recipe, 10)
         assert all(m.bn_batch == 10 and m.scale > 0 for m in model.modules() if type(m).__name__ == 'BatchNoise')

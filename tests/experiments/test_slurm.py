@@ -2,6 +2,7 @@
 import json, os, random, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pandas, pytest, yaml
+from nwrepro.experiments.slurm import sbatch_options
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import read_metrics
 from slurm import free_ports, missing, slurm
@@ -89,13 +90,20 @@ def test_a_sweep_goes_through_a_queue_that_takes_jobs_away(project, queue):
     assert done.returncode == 0, done.stdout+done.stderr
     pandas.testing.assert_frame_equal(table.loc[sorted(disturbed.values())], results(here), rtol=1e-6)
 
+@pytest.mark.parametrize('word', ['--job-name=x', '--job_name=x', '--job=x', '--open_mode=append', '--time=60', '--tim=60', '--no-requeue', '--no_requeue'])
+def test_an_option_that_the_executor_sets_is_refused_however_it_is_spelled(word):
+    with pytest.raises(ValueError, match=f'{word.partition("=")[0]} is set by the sweep'): sbatch_options(f'--partition=gpu {word}')
+
+@pytest.mark.parametrize('word, option', [('--time-min=60', {'time_min': '60'}), ('--node_list=a', {'node_list': 'a'}), ('--gpus_per_node=8', {'gpus_per_node': '8'}), ('--exclusive', {'exclusive': True})])
+def test_other_options_are_free(word, option): assert sbatch_options(word) == option
+
 REFUSED = """
 import json, os, sys
 from nwrepro.experiments.slurm import run_in_queue, sbatch_options
-from nwrepro.experiments.grid import expand, plan
+from nwrepro.experiments.grid import expand_grid, make_points
 for own, variables in json.loads(sys.argv[2]):
     os.environ.update(variables)
-    try: run_in_queue(plan(expand(json.loads(sys.argv[1]) | own.pop('given', {}))), lambda running, failed: None, hours=1, options=sbatch_options(own.get('sbatch')))
+    try: run_in_queue(make_points(expand_grid(json.loads(sys.argv[1]) | own.pop('given', {}))), lambda running, failed: None, hours=1, options=sbatch_options(own.get('sbatch')))
     except ValueError as error: print(error)
 """
 

@@ -11,14 +11,15 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 import nwrepro.methods.fast
-from nwrepro.methods.fast import WNSGD, copy_norms, fast_form, fuse, plain_weights, readable_layers, write_back
+from nwrepro.methods.fast import WNSGD, copy_norms, fast_form, fuse_activations, plain_weights, wn_layers, write_back
 from nwrepro.methods.layers import WNConv2d, WNLinear
 from nwrepro.training.recipe import RECIPES, Recipe, make_recipe
 from nwrepro.cost.roofline import kept_bytes
-from nwrepro.methods.schemes import convert, fold, parameter_roles, to_timm
+from nwrepro.methods.deploy import fold, to_timm
+from nwrepro.methods.schemes import convert, parameter_roles
 from nwrepro.training.checkpoint import Interrupted
 from nwrepro.training.loop import fit, logits_of, make_model, make_optimizer, make_schedule, start, train_step, trained
-from test_training import digits, train as train_run
+from test_loop import digits, train as train_run
 
 ALL, WN = ('bn', 'none', 'wn', 'np', 'trelu'), ('wn', 'np', 'trelu')
 X = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(5)).double()
@@ -88,7 +89,7 @@ def test_a_hundred_steps_as_sgd_on_v_and_g(norm, kwargs, layout):
         with torch.no_grad(): model.layer1[0].conv2.g.zero_()
     if norm != 'trelu': model.layer2[0].conv1.g.requires_grad_(False)
     fast = fast_form(model)
-    assert readable_layers(fast) == (['layer1.0.conv2'] if kwargs else [])
+    assert wn_layers(fast) == (['layer1.0.conv2'] if kwargs else [])
     optimizer, plain, sgd = optimizer_of(fast, model), copy.deepcopy(model), None
     sgd, clipped = plain_sgd(plain), 0
     random = torch.Generator().manual_seed(1)
@@ -372,7 +373,7 @@ def test_traced_and_exported(norm):
 def do_step(s): step(s['fast'], s['optimizer'])
 def do_copy(s): s['fast'], s['optimizer'] = copy.deepcopy((s['fast'], s['optimizer']))
 def do_save_and_load(s):
-    new = fast_form(s['model'], keep=readable_layers(s['fast']))
+    new = fast_form(s['model'], keep=wn_layers(s['fast']))
     new.load_state_dict(s['fast'].state_dict())
     optimizer = optimizer_of(new, s['model'])
     optimizer.load_state_dict(copy.deepcopy(s['optimizer'].state_dict()))
@@ -382,7 +383,7 @@ def do_layout(s):
     s['fast'].to(memory_format=torch.channels_last if s['last'] else torch.contiguous_format)
 def do_write_back(s):
     write_back(s['fast'], s['model'], s['optimizer'])
-    s['fast'] = fast_form(s['model'], keep=readable_layers(s['fast']))
+    s['fast'] = fast_form(s['model'], keep=wn_layers(s['fast']))
     s['optimizer'] = optimizer_of(s['fast'], s['model'])
 def do_freeze(s):
     for group in s['optimizer'].param_groups: group['train_g'] = not group['train_g']
@@ -482,7 +483,7 @@ def test_slots_of_other_schemes_are_left_alone():
     model = small('trelu')
     model.layer1[0].conv2 = nn.Sequential(model.layer1[0].conv2)
     fast = fast_form(model)
-    fuse(fast)
+    fuse_activations(fast)
     assert [type(block[0]).__name__ for block in (fast.layer1, fast.layer2)] == ['JoinBlock', 'FusedTReLUBlock']
 
 # what a recipe says is what is trained
@@ -500,7 +501,7 @@ def test_a_recipe_is_wired_to_all_it_names(name, norm, precision):
     assert (recipe.zero_init, recipe.decay_on, recipe.precision) == (wanted['zero'], wanted['decays'], precision)
     model = make_model(recipe, 10)
     views = nwrepro.training.loop.make_views(recipe, digits)
-    layers = {name: model.get_submodule(name) for name in readable_layers(model)}
+    layers = {name: model.get_submodule(name) for name in wn_layers(model)}
     state = start(model, recipe, views, None, keep=[name for name, m in layers.items() if m.g is not None and (m.g == 0).any()])
     batches, warmup = views.batches, wanted['warmup']
     at = [0, warmup*batches, int(0.1*recipe.epochs*batches), recipe.epochs*batches//2, int(0.9*recipe.epochs*batches)]

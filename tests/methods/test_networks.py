@@ -11,11 +11,12 @@ from nwrepro.training.pipeline import pipelines
 from nwrepro.methods.fast import fast_form
 from nwrepro.methods.later import MeanOnlyBatchNorm2d, SCHEMES
 from nwrepro.methods.layers import GhostBatchNorm2d, filter_norms
-from nwrepro.methods.networks import scaled, stock_network
+from nwrepro.methods.networks import scale_channels, stock_network
 from nwrepro.training.distributed import divide, in_turn, running, tracked
 from nwrepro.training.recipe import RECIPES, make_recipe, scheme_facts, tuned_lr, tuned_table
 from nwrepro.training.runs import Record, run_name
-from nwrepro.methods.schemes import Scheme, convert, fold, parameter_roles, to_timm, uses_batch_statistics
+from nwrepro.methods.deploy import fold, to_timm
+from nwrepro.methods.schemes import Scheme, convert, parameter_roles, uses_batch_statistics
 from nwrepro.training.command import main
 from nwrepro.training.loop import make_model, make_optimizer, recipe_of
 
@@ -71,7 +72,7 @@ def test_width_scales_every_channel():
     for width in (0.1, 0.25, 0.5, 2):
         full, other = (stock_network('resnet50', 7, width=w) for w in (1, width))
         for a, b in zip(full.modules(), other.modules(), strict=True):
-            if isinstance(a, nn.Conv2d): assert (b.out_channels, b.in_channels) == (scaled(a.out_channels, width), 3 if a.in_channels == 3 else scaled(a.in_channels, width)) and b.out_channels % 8 == 0
+            if isinstance(a, nn.Conv2d): assert (b.out_channels, b.in_channels) == (scale_channels(a.out_channels, width), 3 if a.in_channels == 3 else scale_channels(a.in_channels, width)) and b.out_channels % 8 == 0
         assert other(torch.randn(1, 3, 64, 64)).shape == (1, 7)
 
 def test_full_width_draws_the_numbers_of_timm():
@@ -237,5 +238,5 @@ def test_a_network_without_slots_or_with_unknown_layers_is_refused_by_name():
     with pytest.raises(ValueError, match=r'^surgery does not know the layer Tanh \(1\) of Sequential: it knows Conv2d, '): convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh()), 'wn')
     with pytest.raises(ValueError, match="has no nn.BatchNorm2d, so that norm 'gn' has no slot"): convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), 'gn')
     with pytest.raises(ValueError, match='nothing to convert'): convert(nn.Sequential(nn.ReLU()), 'wn')
-    with pytest.raises(ValueError, match=r'GhostBatchNorm2d \(2\) does not stand directly behind a convolution'):
+    with pytest.raises(ValueError, match=r'GhostBatchNorm2d \(2\) does not directly follow a convolution'):
         fold(convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), 'bn'))

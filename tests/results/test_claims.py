@@ -17,7 +17,7 @@ from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Run, to_json
 from nwrepro.results.stability import limits_of
 from nwrepro.results.statistics import Estimate, mean_interval, smallest_margin, welch
-from nwrepro.experiments.grid import top_rung
+from nwrepro.experiments.tuning import largest_lr
 from nwrepro.results.verdicts import Verdict, kind_of, ruling, table_of
 
 NAN = math.nan
@@ -527,7 +527,7 @@ def test_ends_of_a_bracket_are_the_rung_that_learns_and_the_next_higher_one():
     ({8: 0, 4: 1, 2: 1, 1: 0}, 4, 8, [1]),
     ({16: 0, 8: 1}, 0, 8, [8]), ({16: 0, 4: 1, 1: 1}, 0, 1, [4, 1]), ({}, 0, math.inf, [])])
 def test_two_rungs_in_a_row(tried, learns, above, exceptions):
-    assert top_rung({lr: bool(ok) for lr, ok in tried.items()}) == (learns, above, exceptions)
+    assert largest_lr({lr: bool(ok) for lr, ok in tried.items()}) == (learns, above, exceptions)
 
 
 @pytest.mark.parametrize('bn, wn, verdict', [

@@ -9,7 +9,7 @@ from nwrepro.training import known
 from nwrepro.training.data import Images, Source
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import make_recipe
-from nwrepro.methods.schemes import to_timm
+from nwrepro.methods.deploy import to_timm
 from nwrepro.training.command import main as train
 from nwrepro.training.loop import make_model
 

@@ -12,7 +12,7 @@ from nwrepro.training.recipe import RULES, check_parameters, make_recipe, notebo
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import read_metrics
 from nwrepro.training.checkpoint import HELD, Interrupted
-from nwrepro.experiments.grid import evaluations
+from nwrepro.experiments.grid import count_evaluations
 from nwrepro.training.command import main, what_broke
 from nwrepro.training.loop import begin_run, evaluate, first_images, fit, gradient, make_model, make_views, mix, probe, readable, recorded, seed_step, start, train_step, trained
 
@@ -137,7 +137,7 @@ def test_epochs_that_are_evaluated(every, epochs, tmp_path):
     _, run = train(tmp_path, epochs=7, train_images=20, max_steps=None, eval_every=every)
     events = run.metrics()
     for event in ('eval', 'probe'): assert events[events['event'] == event]['epoch'].tolist() == epochs
-    assert evaluations(7, 1, every) == len(epochs)
+    assert count_evaluations(7, 1, every) == len(epochs)
 
 @pytest.mark.parametrize('batches, epochs, lines', [(31, 60, 8), (31, 1, 20), (5, 8, 5), (5005, 120, 4), (1, 9, 1), (40, 9999, 1)])
 def test_a_run_is_recorded_now_and_then_and_at_the_end_of_each_epoch(batches, epochs, lines):
