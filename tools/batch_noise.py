@@ -7,7 +7,9 @@ import torch
 from nwrepro.training.data import load_source, loader
 from nwrepro.training.records import records
 from nwrepro.methods.schemes import takes_batch_statistics
-from nwrepro.training.loop import logits_of, make_views, recipe_of, trained
+from nwrepro.training.loop import logits_of
+from nwrepro.training.build import make_views
+from nwrepro.training.lifecycle import recipe_of, trained
 
 GROUPS = 200  # of `bn_batch` images
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from nwrepro.training.data import load_source, loader
 from nwrepro.training.recipe import check_parameters, make_recipe
 from nwrepro.training.command import parser
-from nwrepro.training.loop import begin_run, make_model, make_views, start, steps_of_epoch
+from nwrepro.training.lifecycle import begin_run
+from nwrepro.training.build import make_model, make_views
+from nwrepro.training.loop import start, steps_of_epoch
 
 STEPS, ROUNDS = 6, 24
 

@@ -7,7 +7,9 @@ import os, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from nwrepro.results.costs import step_ratio
 from nwrepro.training.command import parser, prepare
-from nwrepro.training.loop import begin_run, make_model, start, steps_of_epoch
+from nwrepro.training.lifecycle import begin_run
+from nwrepro.training.build import make_model
+from nwrepro.training.loop import start, steps_of_epoch
 
 STEPS, WARM = 2, 3
 

@@ -26,7 +26,9 @@ from ..training.records import load_runs
 from ..training.runs import RESULTS, Record, code_hash, machine, read_metrics, run_name, write_atomic
 from ..methods.schemes import choose
 from ..training.checkpoint import hold, release
-from ..training.loop import evaluated, make_schedule, make_views, same_images, warmup_steps
+from ..training.loop import evaluated
+from ..training.build import make_schedule, make_views, warmup_steps
+from ..training.lifecycle import same_images
 
 # %% ../../nbs/experiments/grid.ipynb #2ff015e6
 OWN = dict(

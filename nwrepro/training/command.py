@@ -11,7 +11,9 @@ from ..methods.fast import fast_form, write_back
 from .checkpoint import Interrupted, caught, load_state, release
 from .data import Source, load_source, shown
 from .distributed import Onlooker, alike, by_all, first_line, from_first, lost, meet, torchrun
-from .loop import begin_run, first_images, fit, load_result, make_model, make_optimizer, make_views, pace_of, recipe_of
+from .build import first_images, make_model, make_optimizer, make_views
+from .lifecycle import begin_run, load_result, recipe_of
+from .loop import fit, pace_of
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
 from .runs import RESULTS, Run, provenance
 from torch import nn

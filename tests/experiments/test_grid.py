@@ -14,7 +14,8 @@ from nwrepro.training.runs import Record, Run, read_metrics
 from nwrepro.training.checkpoint import hold, release
 from nwrepro.experiments.grid import (FACTORS, GRIDS, Outcome, PROBE_STEPS, expand, in_words, ladder, learns, over, overview, paces, plan, preview, raise_failed, resolve, seconds_left,
                             setting, steps_done, survivors, sweep, sweep_parameters, together, tuning, unfinished_notebook, write_tuned)
-from nwrepro.training.loop import begin_run, load_source
+from nwrepro.training.lifecycle import begin_run
+from nwrepro.training.data import load_source
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, image_size=16, batch_size=20, bn_batch=10, epochs=2, warmup_epochs=0)
 OWN = dict(grid='points', jobs=1, cluster='local', hours=24., sbatch='none', dry_run=False)

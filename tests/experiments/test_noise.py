@@ -7,7 +7,7 @@ from nwrepro.training.data import load_source, loader
 from nwrepro.methods.layers import GhostBatchNorm2d
 from nwrepro.training.recipe import make_recipe
 from nwrepro.methods.schemes import SCHEMES, fold
-from nwrepro.training.loop import make_model, make_views
+from nwrepro.training.build import make_model, make_views
 
 FILE = ROOT/'reports/cifar10/wn_noise.py'
 

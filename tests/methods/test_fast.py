@@ -17,7 +17,9 @@ from nwrepro.training.recipe import RECIPES, Recipe, make_recipe
 from nwrepro.cost.roofline import kept_bytes
 from nwrepro.methods.schemes import convert, fold, parameter_roles, to_timm
 from nwrepro.training.checkpoint import Interrupted
-from nwrepro.training.loop import fit, logits_of, make_model, make_optimizer, make_schedule, start, train_step, trained
+from nwrepro.training.loop import fit, logits_of, start, train_step
+from nwrepro.training.build import make_model, make_optimizer, make_schedule
+from nwrepro.training.lifecycle import trained
 from test_training import digits, train as train_run
 
 ALL, WN = ('bn', 'none', 'wn', 'np', 'trelu'), ('wn', 'np', 'trelu')
@@ -201,7 +203,7 @@ def predictions(run): return [line.split(',')[2] for line in (run.path/'predicti
 
 @torch.no_grad()
 def predicted(model):
-    x = torch.stack([views.val[(0, i)][0] for views in [nwrepro.training.loop.make_views(make_recipe(dict(arch='resnet18', image_size=16, bn_batch=10, batch_size=20, train_images=100, epochs=2), digits), digits)] for i in range(360)])
+    x = torch.stack([views.val[(0, i)][0] for views in [nwrepro.training.build.make_views(make_recipe(dict(arch='resnet18', image_size=16, bn_batch=10, batch_size=20, train_images=100, epochs=2), digits), digits)] for i in range(360)])
     return [str(k) for k in model.eval()(x).argmax(1).tolist()]
 
 def test_the_second_fit_of_a_model_records_what_it_holds(tmp_path):
@@ -245,7 +247,7 @@ def test_an_interrupted_run_gives_the_weights_of_its_checkpoint(tmp_path):
     with torch.no_grad():
         for p in fresh.parameters(): p.add_(1)
     run = nwrepro.training.runs.Run(next(tmp_path.glob('wn-*')).name, tmp_path, tmp_path/'checkpoints')
-    nwrepro.training.loop.load_checkpoint(fresh, run)
+    nwrepro.training.command.load_checkpoint(fresh, run)
     for (name, a), b in zip(fresh.state_dict().items(), kept[0].state_dict().values(), strict=True): assert torch.equal(a, b), name
 
 def test_weights_of_before_are_read(tmp_path):
@@ -499,7 +501,7 @@ def test_a_recipe_is_wired_to_all_it_names(name, norm, precision):
     recipe = make_recipe(given, digits)
     assert (recipe.zero_init, recipe.decay_on, recipe.precision) == (wanted['zero'], wanted['decays'], precision)
     model = make_model(recipe, 10)
-    views = nwrepro.training.loop.make_views(recipe, digits)
+    views = nwrepro.training.build.make_views(recipe, digits)
     layers = {name: model.get_submodule(name) for name in readable_layers(model)}
     state = start(model, recipe, views, None, keep=[name for name, m in layers.items() if m.g is not None and (m.g == 0).any()])
     batches, warmup = views.batches, wanted['warmup']

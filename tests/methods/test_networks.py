@@ -16,7 +16,8 @@ from nwrepro.training.recipe import RECIPES, make_recipe, scheme_facts, tuned_lr
 from nwrepro.training.runs import Record, run_name
 from nwrepro.methods.schemes import Scheme, convert, fold, parameter_roles, to_timm, uses_batch_statistics
 from nwrepro.training.command import main
-from nwrepro.training.loop import make_model, make_optimizer, recipe_of
+from nwrepro.training.build import make_model, make_optimizer
+from nwrepro.training.lifecycle import recipe_of
 
 LATER = ('gn', 'gn_ws', 'wn_mbn', 'skipinit', 'nf', 'dyt')
 ALL = FIVE+LATER

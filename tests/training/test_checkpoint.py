@@ -13,9 +13,9 @@ from nwrepro.training.command import main
 SMALL = dict(data='digits', arch='resnet18', train_images=200, epochs=5, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2, lr=0.01,
              checkpoint_steps=5)
 STEPS, PER_EPOCH = 50, 10
-KEEPING = '''import nwrepro.training.loop as t
-t.drop_states = lambda run: None  # so that the last state can be compared
-raise SystemExit(t.main())'''
+KEEPING = '''from nwrepro.training import command, loop
+loop.drop_states = lambda run: None  # so that the last state can be compared
+raise SystemExit(command.main())'''
 
 def words(**given): return [word for k, v in (SMALL | given).items() for word in (f'--{k}', str(v))]
 

@@ -40,7 +40,8 @@ import json, sys, torch
 from nwrepro.training.data import load_source
 from nwrepro.training.distributed import meet
 from nwrepro.training.recipe import make_recipe
-from nwrepro.training.loop import make_model, make_views, share, start, train_step
+from nwrepro.training.build import make_model, make_views
+from nwrepro.training.loop import share, start, train_step
 for given, micro, steps, out in json.loads(sys.argv[1]):
     source = load_source('digits')
     recipe = make_recipe(given, source)
@@ -222,10 +223,10 @@ def test_bad_input_is_one_sentence_from_one_process(project):
 
 DIFFERENT = """
 import os, sys
-from nwrepro import training
-origin = training.provenance()
-training.provenance = lambda: origin | dict(code=f"{os.environ['RANK']}{origin['code']}")
-raise SystemExit(training.main(sys.argv[1:]))
+from nwrepro.training import command
+origin = command.provenance()
+command.provenance = lambda: origin | dict(code=f"{os.environ['RANK']}{origin['code']}")
+raise SystemExit(command.main(sys.argv[1:]))
 """
 
 def test_processes_with_different_code_are_refused(project):

@@ -7,7 +7,8 @@ from nwrepro import known
 from nwrepro.training.data import load_source
 from nwrepro.training.recipe import make_recipe
 from nwrepro.methods.schemes import to_timm
-from nwrepro.training.loop import main as train, make_model
+from nwrepro.training.command import main as train
+from nwrepro.training.build import make_model
 
 def test_the_command_gives_what_the_run_recorded(tmp_path, monkeypatch, capsys):
     (tmp_path/'settings.ini').touch()

@@ -1,7 +1,7 @@
 "The loop: cut and resumed, run twice, diverging, and what it answers to bad input"
-import json, math, os, re, signal, subprocess, sys
+import json, math, os, signal, subprocess, sys
 import nbformat, pytest, torch
-import nwrepro.training.loop
+import nwrepro.training.command
 from conftest import FIVE, ROOT
 from safetensors.torch import load_file
 from timm.data.mixup import mixup_target
@@ -13,7 +13,9 @@ from nwrepro.training.runs import read_metrics
 from nwrepro.training.checkpoint import HELD, Interrupted
 from nwrepro.experiments.grid import evaluations
 from nwrepro.training.command import main, what_broke
-from nwrepro.training.loop import begin_run, evaluate, first_images, fit, gradient, make_model, make_views, mix, probe, readable, recorded, seed_step, start, train_step, trained
+from nwrepro.training.lifecycle import begin_run, trained
+from nwrepro.training.loop import evaluate, fit, gradient, mix, probe, readable, recorded, seed_step, start, train_step
+from nwrepro.training.build import first_images, make_model, make_views
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -81,7 +83,7 @@ def test_exit_codes_tell_whether_the_step_is_saved(numbers, code, tmp_path, monk
     def interrupted(*args, **kwargs): return fit(*args, **kwargs | dict(watch=watch))
     (tmp_path/'settings.ini').touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(nwrepro.training.loop, 'fit', interrupted)
+    monkeypatch.setattr(nwrepro.training.command, 'fit', interrupted)
     assert main([word for k, v in (SMALL | dict(norm='wn', lr=0.01)).items() for word in (f'--{k}', str(v))]) == code
     assert load_runs(tmp_path/'reports/runs')['status'].tolist() == ['interrupted' if code == 75 else 'started']
 
