@@ -7,7 +7,7 @@ import torch
 from nwrepro.training.data import load_source, loader
 from nwrepro.training.records import records
 from nwrepro.methods.schemes import takes_batch_statistics
-from nwrepro.training.loop import logits_of
+from nwrepro.training.engine import logits_of
 from nwrepro.training.build import make_views
 from nwrepro.training.lifecycle import recipe_of, trained
 

@@ -62,15 +62,15 @@ def scaling(
 
 # %% ../../nbs/cost/scaling.ipynb #a6ef319f
 ALL_REDUCE = """import statistics, time, torch
-from nwrepro.training.distributed import meet
-team, taken = meet(), []
+from nwrepro.training.distributed import init_distributed
+dist, taken = init_distributed(), []
 gradients = torch.ones(%d)
 for _ in range(11):
     torch.distributed.barrier()
     begin = time.perf_counter()
     torch.distributed.all_reduce(gradients)
     taken.append(time.perf_counter()-begin)
-if team.is_main_process: print(statistics.median(taken[1:]))
+if dist.is_main_process: print(statistics.median(taken[1:]))
 """
 
 def all_reduce_seconds(

@@ -25,10 +25,10 @@ from ..training.recipe import DEFAULTS, RULES, TUNED_BY, Recipe, Rule, check_par
 from ..training.records import load_runs
 from ..training.runs import RESULTS, Record, code_hash, machine, read_metrics, run_name, write_atomic
 from ..methods.schemes import choose
-from ..training.checkpoint import hold, release
-from ..training.loop import evaluated
+from ..training.checkpoint import acquire_lock, release_lock
+from ..training.loop import is_eval_epoch
 from ..training.build import make_schedule, make_views, warmup_steps
-from ..training.lifecycle import same_images
+from ..training.lifecycle import check_images
 
 # %% ../../nbs/experiments/grid.ipynb #2ff015e6
 OWN = dict(
@@ -75,7 +75,7 @@ def resolve(
         source = read(values['data'], values['data_dir'])
         recipe = make_recipe(values, source)
         batches, record = make_views(recipe, source).batches, Record(run_name(asdict(recipe)))
-        if record.status in RESULTS and not values['fresh'] and not values['accept_changes']: same_images(record, source)
+        if record.status in RESULTS and not values['fresh'] and not values['accept_changes']: check_images(record, source)
     except ValueError as error: raise ValueError(f'point {label}: {error}') from None
     steps = min(recipe.epochs*batches, recipe.max_steps or math.inf)
     return Point(label, given, recipe, record, steps, batches)
@@ -124,7 +124,7 @@ def evaluations(
 )->int:
     "How often a run is evaluated: before the first step, after epochs and at the end"
     epochs = math.ceil(steps/batches)
-    return 1+len({epochs} | {epoch for epoch in range(1, epochs) if evaluated(epoch, every)})
+    return 1+len({epochs} | {epoch for epoch in range(1, epochs) if is_eval_epoch(epoch, every)})
 
 # %% ../../nbs/experiments/grid.ipynb #a7ee8332
 def paces(
@@ -230,8 +230,8 @@ def execute(
     from traitlets.config import Config  # comes with it
     record, root = Record(name), project_root()
     part = unfinished_notebook(record)
-    hold(record, wait=-1)
-    release(record)
+    acquire_lock(record, wait=-1)
+    release_lock(record)
     part.parent.mkdir(parents=True, exist_ok=True)
     source, target = (os.path.relpath(path) for path in (root/'nbs'/'train.ipynb', part))  # both stay in the notebook, and should name no machine's folders
     try:

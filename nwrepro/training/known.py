@@ -14,7 +14,7 @@ from torch import nn
 from .data import PIPELINES, Source, Views, load_source, loader, pipelines
 from .distributed import first_line
 from ..results.predictions import wilson
-from .loop import tally
+from .evaluation import loss_and_hits
 
 # %% ../../nbs/training/known.ipynb #ef64de15
 def stock(
@@ -55,7 +55,7 @@ def score(
     device = next(model.parameters()).device
     total, n = numpy.zeros(3), 0
     for x, y, _ in loader(views, batch_size=batch_size, shuffle=False, workers=workers):
-        total += tally(model(x.to(device)), y.to(device))
+        total += loss_and_hits(model(x.to(device)), y.to(device))
         before, n = n, n+len(y)
         if n//5000 > before//5000: show(f'{n:,} of {len(source.val):,} images: top-1 {100*total[1]/n:.2f} %')
     top1 = wilson(total[1], n)

@@ -11,7 +11,7 @@ from nwrepro import sweeps
 from nwrepro.training.recipe import TUNED_BY, make_recipe, tuned_lr, tuned_table
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Record, Run, read_metrics
-from nwrepro.training.checkpoint import hold, release
+from nwrepro.training.checkpoint import acquire_lock, release_lock
 from nwrepro.experiments.grid import (FACTORS, GRIDS, Outcome, PROBE_STEPS, expand, in_words, ladder, learns, over, overview, paces, plan, preview, raise_failed, resolve, seconds_left,
                             setting, steps_done, survivors, sweep, sweep_parameters, together, tuning, unfinished_notebook, write_tuned)
 from nwrepro.training.lifecycle import begin_run
@@ -53,7 +53,7 @@ def test_a_point_is_the_run_that_the_same_command_begins(elsewhere):
     point, = preview(SMALL | dict(norm='wn', lr='0.02', max_steps=3), 'points')
     source = load_source('digits')
     run = begin_run(make_recipe(point.given, source), source, point.given)
-    release(run)
+    release_lock(run)
     assert (run.name, run.path) == (point.record.name, point.record.path) and point.steps == 3 and point.batches == 5
 
 def test_the_notebook_knows_every_parameter_of_a_run_with_the_same_default():

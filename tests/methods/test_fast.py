@@ -17,7 +17,9 @@ from nwrepro.training.recipe import RECIPES, Recipe, make_recipe
 from nwrepro.cost.roofline import kept_bytes
 from nwrepro.methods.schemes import convert, fold, parameter_roles, to_timm
 from nwrepro.training.checkpoint import Interrupted
-from nwrepro.training.loop import fit, logits_of, start, train_step
+from nwrepro.training.engine import start_training
+from nwrepro.training.loop import fit, train_step
+from nwrepro.training.engine import logits_of
 from nwrepro.training.build import make_model, make_optimizer, make_schedule
 from nwrepro.training.lifecycle import trained
 from test_training import digits, train as train_run
@@ -247,7 +249,7 @@ def test_an_interrupted_run_gives_the_weights_of_its_checkpoint(tmp_path):
     with torch.no_grad():
         for p in fresh.parameters(): p.add_(1)
     run = nwrepro.training.runs.Run(next(tmp_path.glob('wn-*')).name, tmp_path, tmp_path/'checkpoints')
-    nwrepro.training.command.load_checkpoint(fresh, run)
+    nwrepro.training.command.load_checkpoint_weights(fresh, run)
     for (name, a), b in zip(fresh.state_dict().items(), kept[0].state_dict().values(), strict=True): assert torch.equal(a, b), name
 
 def test_weights_of_before_are_read(tmp_path):
@@ -503,20 +505,21 @@ def test_a_recipe_is_wired_to_all_it_names(name, norm, precision):
     model = make_model(recipe, 10)
     views = nwrepro.training.build.make_views(recipe, digits)
     layers = {name: model.get_submodule(name) for name in readable_layers(model)}
-    state = start(model, recipe, views, None, keep=[name for name, m in layers.items() if m.g is not None and (m.g == 0).any()])
+    training = start_training(model, recipe, views, None, keep=[name for name, m in layers.items() if m.g is not None and (m.g == 0).any()])
+    engine = training.engine
     batches, warmup = views.batches, wanted['warmup']
     at = [0, warmup*batches, int(0.1*recipe.epochs*batches), recipe.epochs*batches//2, int(0.9*recipe.epochs*batches)]
     seen = []
     for k in at:
-        state.schedule.step_update(k)
-        seen.append({group['lr'] for group in state.optimizer.param_groups})
+        engine.schedule.step_update(k)
+        seen.append({group['lr'] for group in engine.optimizer.param_groups})
     assert all(len(lrs) == 1 for lrs in seen)
     lrs = [lrs.pop()/recipe.lr for lrs in seen]
     assert lrs[0] == pytest.approx(1/(warmup*batches)) and lrs[1:] == pytest.approx([wanted['shape'](k/(recipe.epochs*batches)) for k in at[1:]], abs=1e-3)
     roles, decays = parameter_roles(model), {}
-    plain = {id(w): layer for w, layer in plain_weights(state.fast, model).values()}
-    names = {id(p): k for k, p in state.fast.named_parameters()}
-    for group in state.optimizer.param_groups:
+    plain = {id(w): layer for w, layer in plain_weights(engine.fast, model).values()}
+    names = {id(p): k for k, p in engine.fast.named_parameters()}
+    for group in engine.optimizer.param_groups:
         for p in group['params']:
             if id(p) in plain:
                 assert group['weight_norm'] == ('strict' if plain[id(p)].g is None else 'affine')
@@ -530,8 +533,8 @@ def test_a_recipe_is_wired_to_all_it_names(name, norm, precision):
         inside = torch.rand(2, 64, 8, 8)
         is_shortcut = near(block(inside), inside, 1e-5)
     assert is_shortcut == (norm == 'trelu' or wanted['zero'] and norm != 'np')
-    before = {k: p.detach().clone() for k, p in state.fast.named_parameters()}
+    before = {k: p.detach().clone() for k, p in engine.fast.named_parameters()}
     for k in range(4):
-        state.step = warmup*batches+k
-        assert train_step(state, x, torch.arange(10)) is None
-    assert [k for k, p in state.fast.named_parameters() if torch.equal(p, before[k])] == []
+        training.progress.step = warmup*batches+k
+        assert train_step(training, x, torch.arange(10)) is None
+    assert [k for k, p in engine.fast.named_parameters() if torch.equal(p, before[k])] == []

@@ -38,21 +38,23 @@ def trained(folder, processes, **given):
 STEPS = """
 import json, sys, torch
 from nwrepro.training.data import load_source
-from nwrepro.training.distributed import meet
+from nwrepro.training.distributed import init_distributed
 from nwrepro.training.recipe import make_recipe
 from nwrepro.training.build import make_model, make_views
-from nwrepro.training.loop import share, start, train_step
+from nwrepro.training.engine import local_loader, start_training
+from nwrepro.training.loop import train_step
 for given, micro, steps, out in json.loads(sys.argv[1]):
     source = load_source('digits')
     recipe = make_recipe(given, source)
     views = make_views(recipe, source)
-    state = start(make_model(recipe, 10), recipe, views, None, micro)
-    batches = iter(share(state, views.train, 0, recipe.batch_size, shuffle=True, drop_last=True))
+    training = start_training(make_model(recipe, 10), recipe, views, None, micro)
+    engine = training.engine
+    batches = iter(local_loader(engine, views.train, 0, recipe.batch_size, shuffle=True, drop_last=True))
     for step in range(steps):
         x, y, _ = next(batches)
-        train_step(state, x, y)
-        if step == 0: first = {k: p.grad for k, p in state.fast.named_parameters() if p.grad is not None}
-    if meet().is_main_process: torch.save(dict(weights=state.fast.state_dict(), first=first, losses=state.rule.losses), out)
+        train_step(training, x, y)
+        if step == 0: first = {k: p.grad for k, p in engine.fast.named_parameters() if p.grad is not None}
+    if init_distributed().is_main_process: torch.save(dict(weights=engine.fast.state_dict(), first=first, losses=training.progress.monitor.losses), out)
 """
 
 def steps(folder, processes, jobs):
