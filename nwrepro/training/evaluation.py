@@ -6,6 +6,7 @@
 __all__ = ['loss_and_hits', 'evaluate', 'probe']
 
 # %% ../../nbs/training/evaluation.ipynb #8fe04bc0
+import math
 import numpy
 import torch
 import torch.nn.functional as F
@@ -35,16 +36,20 @@ def evaluate(
     signal:StopSignal,      # interrupts the evaluation
 )->tuple:                   # dict(loss, top1, top5 in percent), list of (index, label, prediction)
     "Loss and accuracy in evaluation mode, every image once"
-    total, rows, alone = numpy.zeros(3), [], engine.dist.num_processes == 1
-    for x, y, i in local_loader(engine, views, batch_size=max(engine.recipe.batch_size, 64), shuffle=False, drop_last=False):
-        logits, y = logits_of(network, x, engine.recipe), y.to(engine.accelerator.device)
-        total += loss_and_hits(logits, y)
-        rows += zip(i.tolist(), y.tolist(), logits.argmax(1).tolist(), strict=True)
-        if alone: signal.raise_if_signaled()
-    total, [asked] = all_reduce(engine.dist, total, [signal.number or 0])
-    if not alone: raise_if_signaled(asked)
-    rows = rows if alone else sorted(gather_object(rows))
-    loss, top1, top5 = (value/len(rows) for value in total)
+    total, rows, batch_size = numpy.zeros(3), [], max(engine.recipe.batch_size, 64)
+    batches = iter(local_loader(engine, views, batch_size=batch_size, shuffle=False, drop_last=False))
+    for _ in range(math.ceil(len(views)/batch_size)):
+        sums = [0., 0, 0]
+        if batch := next(batches, None):  # a process may have none of the last, smaller batch
+            x, y, i = batch
+            logits, y = logits_of(network, x, engine.recipe), y.to(engine.accelerator.device)
+            sums = loss_and_hits(logits, y)
+            rows += zip(i.tolist(), y.tolist(), logits.argmax(1).tolist(), strict=True)
+        sums, [asked] = all_reduce(engine.dist, sums, [signal.number or 0])
+        total += sums
+        raise_if_signaled(asked)
+    if engine.dist.num_processes > 1: rows = sorted(gather_object(rows))
+    loss, top1, top5 = total/len(rows)
     return dict(loss=loss, top1=100*top1, top5=100*top5), rows
 
 # %% ../../nbs/training/evaluation.ipynb #56192ea4

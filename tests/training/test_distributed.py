@@ -200,6 +200,31 @@ def test_a_flag_starts_processes_and_the_stop_button_reaches_them_once(project):
     code, out, err = ran(project, None, '-m', 'nwrepro.training', *flags(LONGER | dict(processes=2)))
     assert code == 0 and 'resumed' not in out and "'finished'" in out
 
+EVALUATION = """
+import os, signal
+from nwrepro.training import build, data, engine, evaluation
+from nwrepro.training.checkpoint import Interrupted, StopSignal
+from nwrepro.training.recipe import make_recipe
+digits = data.load_source('digits')
+recipe = make_recipe(dict(norm='wn', arch='resnet18', image_size=16, batch_size=110), digits)  # 3 batches of 110 and one of 30, of which the second process has none
+trained = engine.start_training(build.make_model(recipe, 10), recipe, build.make_views(recipe, digits), None).engine
+network, rank, views = engine.readable_copy(trained), trained.dist.process_index, trained.views.val
+result, rows = evaluation.evaluate(trained, network, views, StopSignal())
+asked, batches, forward = StopSignal(), [], evaluation.logits_of
+def counted(*args):
+    batches.append(1)
+    if rank == 1: asked(signal.SIGTERM, None)
+    return forward(*args)
+evaluation.logits_of = counted
+try: evaluation.evaluate(trained, network, views, asked)
+except Interrupted as stopped: os.write(1, f"{rank} {stopped} after {len(batches)}, {len(rows)} images\\n".encode())
+"""
+
+def test_a_stop_in_an_evaluation_stops_all_processes_at_the_next_batch(project):
+    (project/'evaluation.py').write_text(EVALUATION)
+    code, out, err = ran(project, 2, 'evaluation.py')
+    assert code == 0 and sorted(out.splitlines()) == [f'{rank} SIGTERM after 1, 360 images' for rank in (0, 1)], out+err
+
 def sentence(out): return [line for line in out.splitlines() if line.strip() and not line.startswith(('digits:', 'run '))]
 
 MANY = """
