@@ -112,7 +112,7 @@ def main(
     args=None,  # words of the command line; None = the process's own
 )->int:         # 0, or 2 for wrong input
     "Entry point of `python -m nwrepro.cost.scaling`"
-    new = argparse.ArgumentParser('python -m nwrepro.cost.scaling', description='Measure what the scaling section of the report takes from this machine; run it with nothing else running.')
+    new = argparse.ArgumentParser('python -m nwrepro.cost.scaling', allow_abbrev=False, description='Measure what the scaling section of the report takes from this machine; run it with nothing else running.')
     new.add_argument('data', help='source of photographs, as in training: imagenette, imagenet, folder')
     new.add_argument('--data_dir', help='folder that holds the data [default: $NWREPRO_DATA, else data/]')
     given = new.parse_args(args)

@@ -122,7 +122,7 @@ EXIT_CODES = 'Exit code: 0 finished or diverged, 1 another process is gone, 2 wr
 def parser(
 )->argparse.ArgumentParser:
     "Command line with a flag for each parameter"
-    new = argparse.ArgumentParser('python -m nwrepro.training', description='Train one scheme; the same run as nbs/train.ipynb.', epilog=EXIT_CODES)
+    new = argparse.ArgumentParser('python -m nwrepro.training', allow_abbrev=False, description='Train one scheme; the same run as nbs/train.ipynb.', epilog=EXIT_CODES)
     for name, rule in RULES.items():
         new.add_argument(f'--{name}', default=argparse.SUPPRESS, metavar=rule.kind.__name__, help=f'{rule.words} [default: {DEFAULTS.get(name)}]'.replace('%', '%%'))
     return new

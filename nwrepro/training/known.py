@@ -66,7 +66,7 @@ def main(
     args=None,  # words of the command line; None = the process's own
 )->int:         # 0, or 2 for wrong input
     "Entry point of `python -m nwrepro.known`"
-    new = argparse.ArgumentParser('python -m nwrepro.known', description='Test a stock timm network through the pipeline of a run.')
+    new = argparse.ArgumentParser('python -m nwrepro.known', allow_abbrev=False, description='Test a stock timm network through the pipeline of a run.')
     new.add_argument('--weights', required=True, help="timm's name of a pretrained network, or a file .safetensors, .pth or .pt")
     new.add_argument('--arch', default='resnet50', help="timm's name of the network that a file belongs to [default: %(default)s]")
     new.add_argument('--data', default='imagenet', help='source of the test images, as in training [default: %(default)s]')
