@@ -22,7 +22,7 @@ from torch import nn
 
 # %% ../../nbs/training/command.ipynb #03f965fb
 def first_error(
-    log:str,    # what torchrun and its processes wrote to stderr
+    log:str,    # stderr of torchrun and its processes
 )->str|None:    # the last line of a traceback; None = there is none
     "The error of the first process that had one"
     errors = re.findall(r'^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b.*)$', log, re.M)
@@ -50,12 +50,13 @@ def fit_on_many(
     watch=lambda run: None,  # called with the run after each line
     model:nn.Module|None=None,  # network of the run's recipe; holds the weights that the record speaks of when this returns or raises
 )->dict:                     # summary
-    "The same run in several processes of this machine; Interrupted with the command that goes on, ChildProcessError with what went wrong"
+    "The same run in several processes; Interrupted with the command that resumes it, ChildProcessError with what went wrong"
     def result(): return load_result(model, run, show) if model else run.summary
     if run.status in RESULTS: return result()
     release_lock(run)
-    words, line = [word for k, v in given.items() if v is not None and k not in ('processes', 'fresh') for word in (f'--{k}', str(v))], ''
-    with torchrun(given['processes'], ['-m', 'nwrepro.training', *words]) as started, handle_signals(('SIGTERM', 'SIGUSR1'), lambda *_: started.send_signal(signal.SIGINT)):
+    words = [word for k, v in given.items() if v is not None and k not in ('processes', 'fresh') for word in (f'--{k}', str(v))]
+    line, started = '', torchrun(given['processes'], ['-m', 'nwrepro.training', *words])
+    with started, handle_signals(('SIGTERM', 'SIGUSR1'), lambda *_: started.send_signal(signal.SIGINT)):
         while True:
             try:
                 for line in map(str.rstrip, started.stdout):
@@ -76,7 +77,7 @@ def begin_shared_run(
     recipe:Recipe,  # resolved
     source:Source,  # its data
     given:dict,     # parameters as they were given
-):                  # `Run` in the first process, `NonMainRun` in the others
+):                  # `Run` on the main rank, `NonMainRun` on the others
     "The run of a recipe, begun once"
     check_equal(dist, dict(recipe=str(recipe), code=provenance()['code'], images=source.fingerprint))
     begun = []
@@ -96,7 +97,7 @@ def prepare(
     "What can be known before a run begins; ValueError where something does not fit"
     values = check_parameters(given)
     source = load_source(values['data'], values['data_dir'])
-    recipe = make_recipe(given, source)
+    recipe = make_recipe(values, source)
     return recipe, source, make_views(recipe, source), values
 
 # %% ../../nbs/training/command.ipynb #2d4c733c
@@ -110,21 +111,24 @@ def train(
     if not dist.is_main_process: show = watch = lambda _: None
     recipe, source, views, values = run_on_all_ranks(dist, lambda: prepare(given))
     show(source.note)
-    if values['processes'] > 1 and 'RANK' not in os.environ: return fit_on_many(begin_run(recipe, source, given), values, show, watch)
-    run = begin_shared_run(dist, recipe, source, given)
+    if values['processes'] > 1 and 'RANK' not in os.environ: return fit_on_many(begin_run(recipe, source, values), values, show, watch)
+    run = begin_shared_run(dist, recipe, source, values)
     show(f'run {shown(run.path)}')
     model = make_model(recipe, len(source.classes), first_images(views.train_eval, 256) if recipe.init == 'data' else None)
     return fit(model, views, recipe, run, **fit_options(values), show=show, watch=watch)
 
 # %% ../../nbs/training/command.ipynb #7d06aae3
-EXIT_CODES = 'Exit code: 0 finished or diverged, 1 another process is gone, 2 wrong input or a disk that failed, 75 interrupted (SIGINT, SIGTERM, SIGUSR1) with the last step saved, 130 interrupted at once.'
+EXIT_CODES = ('Exit code: 0 finished or diverged, 1 another process is gone, 2 wrong input or a disk that failed, '
+              '75 interrupted (SIGINT, SIGTERM, SIGUSR1) with the last step saved, 130 interrupted at once.')
 
 def parser(
 )->argparse.ArgumentParser:
     "Command line with a flag for each parameter"
-    new = argparse.ArgumentParser('python -m nwrepro.training', allow_abbrev=False, description='Train one scheme; the same run as nbs/train.ipynb.', epilog=EXIT_CODES)
-    for name, rule in RULES.items():
-        new.add_argument(f'--{name}', default=argparse.SUPPRESS, metavar=rule.kind.__name__, help=f'{rule.words} [default: {DEFAULTS.get(name)}]'.replace('%', '%%'))
+    new = argparse.ArgumentParser('python -m nwrepro.training', allow_abbrev=False, epilog=EXIT_CODES,
+                                  description='Train one scheme; the same run as nbs/train.ipynb.')
+    for name, (kind, words) in RULES.items():
+        text = f'{words} [default: {DEFAULTS.get(name)}]'
+        new.add_argument(f'--{name}', default=argparse.SUPPRESS, metavar=kind.__name__, help=text.replace('%', '%%'))
     return new
 
 # %% ../../nbs/training/command.ipynb #73c8e56d
@@ -139,7 +143,8 @@ def main(
         return 75 if isinstance(stopped, Interrupted) else 130 if isinstance(stopped, KeyboardInterrupt) else 2
     except RuntimeError as error:
         if not is_connection_error(error): raise
-        if first: print(f'another process of this run is gone ({first_line(error)}): see what it said; the same command goes on from the last checkpoint')
+        if first: print(f'another process of this run is gone ({first_line(error)}): see what it said; the same command goes on '
+                        f'from the last checkpoint')
         return 1
     if first: print({k: v for k, v in summary.items() if k not in ('grad_history', 'rms_before')})
     return 0

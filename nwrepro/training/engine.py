@@ -55,7 +55,7 @@ class Progress:
     monitor:DivergenceMonitor  # of loss and gradient norm
     step:int = 0             # optimizer steps done
     seconds:dict = field(default_factory=lambda: dict(train=0., wall=0.))  # in steps; in all
-    sums:torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # loss, correct images, images since the last line of the record
+    sums:torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # loss, hits, images since the last line
     began:float = field(default_factory=time.perf_counter)  # when `seconds['wall']` was 0, by this process's clock
 
 @dataclass

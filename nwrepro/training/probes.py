@@ -15,12 +15,12 @@ from torch import nn
 # %% ../../nbs/training/probes.ipynb #1502c717
 def activation_stats(
     y:torch.Tensor,             # activations of one layer, `[N, ...]`
-)->tuple[float,float,float]:    # RMS over all elements, mean over images of the vector's length, mean over all elements
+)->tuple[float,float,float]:    # RMS over all elements, mean over images of the L2 norm, mean over all elements
     "RMS, L2 and mean of an activation, in units of `y`"
     wide = torch.float32 if y.is_mps else torch.float64  # MPS has no float64
     flat = y.detach().flatten(1)
-    lengths = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
-    return lengths.square().mean().div(flat.shape[1]).sqrt().item(), lengths.mean().item(), flat.mean(dtype=wide).item()
+    norms = torch.linalg.vector_norm(flat, dim=1, dtype=wide)
+    return norms.square().mean().div(flat.shape[1]).sqrt().item(), norms.mean().item(), flat.mean(dtype=wide).item()
 
 # %% ../../nbs/training/probes.ipynb #b99026c5
 def direction_parameter(
@@ -104,8 +104,8 @@ def filter_vectors(
 # %% ../../nbs/training/probes.ipynb #7a8290c5
 def weight_norms(
     model:nn.Module,      # network
-)->dict[str,list]:        # columns `layer`, `v`, `g`: per layer the mean length of `v` and of the effective filters
-    "How long the filters are: `v` sets the angle of a step, `g` the function"
+)->dict[str,list]:        # columns `layer`, `v`, `g`: per layer the mean norm of `v` and of the effective filters
+    "Norms of the filters: that of `v` sets the angle of a step, `g` the function"
     def row(name, w):
         g = getattr(model.get_submodule(name), 'g', w.norm(dim=1))
         return name, rounded(w.norm(dim=1).mean().item()), 1. if g is None else rounded(g.detach().abs().mean().item())
