@@ -40,7 +40,7 @@ def seed_step(
     "Seed torch's generators from the seed of the run, the step, the process and the micro-batch"
     where = [engine.dist.process_index, part]
     on_cpu = engine.accelerator.device.type == 'cpu'
-    seed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed  # the latter records a traceback for lazy CUDA init, which takes milliseconds
+    seed = torch.default_generator.manual_seed if on_cpu else torch.manual_seed  # the latter takes milliseconds, for CUDA's lazy init
     seed(key(engine.recipe.seed, 'step', step, *(where if any(where) else [])))
 
 # %% ../../nbs/training/loop.ipynb #01ad29ad
@@ -62,7 +62,8 @@ def forward_backward(
     y:torch.Tensor,  # labels, `[N]` int64
 )->list:             # loss and correct images, summed over the share, and its size
     "The gradient of the mean loss of the whole batch, accumulated over micro-batches and averaged over processes"
-    sums, parts = numpy.zeros(2), list(zip(x.split(engine.micro_batch), y.to(engine.accelerator.device).split(engine.micro_batch), strict=True))
+    y, sums = y.to(engine.accelerator.device), numpy.zeros(2)
+    parts = list(zip(x.split(engine.micro_batch), y.split(engine.micro_batch), strict=True))
     for k, (x, y_part) in enumerate(parts, 1):
         seed_step(engine, step, k-1)
         with nullcontext() if k == len(parts) else engine.accelerator.no_sync(engine.forward):
@@ -123,7 +124,8 @@ def save_checkpoint(
     progress.seconds['wall'], training.stop.saved_at = time.perf_counter()-progress.began, time.monotonic()
     if engine.dist.is_main_process:
         parts = dict(fast=engine.fast.state_dict(), optimizer=engine.optimizer.state_dict(), rule=progress.monitor.state_dict())
-        write_checkpoint(training.run, progress.step, dict(parts, keep=readable_layers(engine.fast), step=progress.step, seconds=progress.seconds, sums=progress.sums))
+        reached = dict(step=progress.step, seconds=progress.seconds, sums=progress.sums)
+        write_checkpoint(training.run, progress.step, dict(parts, keep=readable_layers(engine.fast), **reached))
     write_back(engine.fast, engine.model, engine.optimizer)
 
 # %% ../../nbs/training/loop.ipynb #6fd12f8b
@@ -134,7 +136,8 @@ def find_checkpoint(
     "What a run can be resumed from, the same in all processes"
     (saved, torn), has_metrics = broadcast(init_distributed(), lambda: (read_checkpoint(run), bool(read_metrics(run.path/'metrics.jsonl'))))
     for name in torn: show(f'checkpoint {name} is corrupt and was renamed to *.torn: resuming from the one before')
-    if saved and 'fast' not in saved: raise ValueError(f'the checkpoints of run {run.name} are of an older format and cannot be resumed: start over with fresh=True')
+    if saved and 'fast' not in saved: raise ValueError(f'the checkpoints of run {run.name} are of an older format and cannot be '
+                                                       f'resumed: start over with fresh=True')
     return saved, has_metrics, torn
 
 def resume(
@@ -147,7 +150,8 @@ def resume(
     "Go back to a checkpoint, or to the first step, and record that"
     engine, progress, run = training.engine, training.progress, training.run
     if saved:
-        for part, name in ((engine.fast, 'fast'), (engine.optimizer, 'optimizer'), (progress.monitor, 'rule')): part.load_state_dict(saved[name])
+        parts = dict(fast=engine.fast, optimizer=engine.optimizer, rule=progress.monitor)
+        for name, part in parts.items(): part.load_state_dict(saved[name])
         progress.step, progress.seconds, progress.sums = saved['step'], saved['seconds'], saved['sums']
     progress.began = time.perf_counter()-progress.seconds['wall']
     if not has_metrics and not saved and not run.changed: return
@@ -189,7 +193,8 @@ def log_train(
     lr = engine.optimizer.param_groups[0]['lr']
     values = dict(loss=loss, top1=100*right, lr=lr, grad_norm=progress.monitor.history[-1])
     training.run.log('train', progress.step, training.epoch, **{name: rounded(value) for name, value in values.items()}, images=n)
-    show(f'step {progress.step} (epoch {training.epoch:.2f} of {engine.recipe.epochs})  loss {loss:.3f}  top1 {100*right:.1f} %  lr {lr:.4g}  '
+    show(f'step {progress.step} (epoch {training.epoch:.2f} of {engine.recipe.epochs})  loss {loss:.3f}  top1 {100*right:.1f} % '
+         f' lr {lr:.4g}  '
          f'{progress.step*engine.recipe.batch_size/max(progress.seconds["train"], 1e-9):.0f} images/s')
 
 # %% ../../nbs/training/loop.ipynb #255255bb
@@ -205,7 +210,8 @@ def log_eval(
     result = dict(val_loss=val['loss'], top1=val['top1'], top5=val['top5'], train_loss=train['loss'], train_top1=train['top1'])
     run.log('eval', step, training.epoch, **result)
     if engine.dist.is_main_process: run.log('probe', step, training.epoch, **probe(engine, network))
-    show(f"epoch {training.epoch:.2f} of {engine.recipe.epochs}  val top1 {val['top1']:.2f} %  train top1 {train['top1']:.2f} % (evaluation mode)")
+    show(f"epoch {training.epoch:.2f} of {engine.recipe.epochs}  val top1 {val['top1']:.2f} %  train top1 {train['top1']:.2f} % "
+         f"(evaluation mode)")
     return result, rows
 
 # %% ../../nbs/training/loop.ipynb #11d62cf8
@@ -280,8 +286,9 @@ def finish(
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         write_atomic(run.checkpoints/'final.safetensors', save(weights))
     verdict = progress.monitor.verdict() if progress.monitor.losses else None
+    speed = progress.step*r.batch_size/max(progress.seconds['train'], 1e-9)
     run.finish(status=status, verdict=verdict, norm=r.norm, init=r.init, data=r.data, arch=r.arch, seed=r.seed, epochs=r.epochs,
-               image_size=r.image_size, lr=r.lr, steps=progress.step, img_per_s=progress.step*r.batch_size/max(progress.seconds['train'], 1e-9),
+               image_size=r.image_size, lr=r.lr, steps=progress.step, img_per_s=speed,
                wall_s=progress.seconds['wall'], processes=engine.dist.num_processes, **results)
     if status in RESULTS:
         engine.model.load_state_dict(last)
@@ -302,7 +309,8 @@ def divergence_record(
         layer = first_nonfinite(engine.fast.train(), x.to(device, dtype=torch.float64 if recipe.precision == 'fp64' else torch.float32))
     before = probe(engine, readable_copy(engine))
     training.run.log('probe', progress.step, training.epoch, **before)
-    return dict(diverged_step=progress.step, diverged_epoch=training.epoch, diverged_lr=engine.optimizer.param_groups[0]['lr'], diverged_reason=reason,
+    lr = engine.optimizer.param_groups[0]['lr']
+    return dict(diverged_step=progress.step, diverged_epoch=training.epoch, diverged_lr=lr, diverged_reason=reason,
                 first_nonfinite=layer, first_nonfinite_gradient=gradient, last_finite_loss=progress.monitor.last_finite_loss,
                 grad_history=progress.monitor.history, rms_before={k: before['outputs'][k] for k in ('layer', 'rms')})
 
@@ -319,7 +327,8 @@ def leave_interrupted(
     if between_steps: dist.wait_for_everyone()  # or torchrun would end the process that still writes
     if not dist.is_main_process: raise Interrupted(signal)
     saved = 'which is saved' if between_steps else 'which cut it short: the last checkpoint is what it goes on from'
-    raise Interrupted(f'{signal} stopped the run after step {training.progress.step}, {saved}; to go on: {resume_command(training.run)}') from None
+    raise Interrupted(f'{signal} stopped the run after step {training.progress.step}, {saved}; to go on: '
+                      f'{resume_command(training.run)}') from None
 
 # %% ../../nbs/training/loop.ipynb #d2122be1
 def fit(
@@ -346,7 +355,7 @@ def fit(
             try:
                 try: return run_epochs(training, show, watch)
                 except Interrupted as signal: leave_interrupted(training, str(signal))
-            except RuntimeError as error:  # a signal to the whole group ends the loader's processes, and that may cut short a step, or the saving of it
+            except RuntimeError as error:  # a signal to the process group ends the loader's workers, in a step or its saving
                 if not asked.number or 'DataLoader worker' not in str(error): raise
                 leave_interrupted(training, str(error), between_steps=False)
     finally: release_lock(run)
