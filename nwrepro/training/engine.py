@@ -49,6 +49,7 @@ class Engine:
     stat_layers:list         # layers whose running statistics are merged over processes; empty for one process
     probe_images:torch.Tensor  # `[32, 3, S, S]`
 
+# %% ../../nbs/training/engine.ipynb #a34352ea
 @dataclass
 class Progress:
     "What a run has reached; a checkpoint holds it besides weights and optimizer"

@@ -68,6 +68,7 @@ def check_images(
                          f"to test on in {known.get('classes')} classes): "
                          'give fresh = True to train on these, which moves its record aside')
 
+# %% ../../nbs/training/lifecycle.ipynb #ad313b1a
 def begin_run(
     recipe:Recipe,   # resolved
     source:Source,   # its data
