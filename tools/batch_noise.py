@@ -8,7 +8,9 @@ from nwrepro.training.sources import load_source
 from nwrepro.training.pipeline import loader
 from nwrepro.training.records import records
 from nwrepro.methods.schemes import takes_batch_statistics
-from nwrepro.training.loop import logits_of, make_views, recipe_of, trained
+from nwrepro.training.engine import logits_of
+from nwrepro.training.build import make_views
+from nwrepro.training.lifecycle import recipe_of, trained
 
 GROUPS = 200  # of `bn_batch` images
 

@@ -51,7 +51,7 @@ def difference(a, b, x):
     return ((a-b).abs().max()/b.abs().max()).item()
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition('\n')[0])
     parser.add_argument('--arch', default='resnet50')
     for name, default in (('batch_size', 16), ('image_size', 224), ('rounds', 9)): parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--precisions', nargs='+', choices=('fp32', 'bf16'), default=('fp32', 'bf16'))

@@ -10,25 +10,28 @@ from nwrepro.training.sources import load_source
 from nwrepro.training.pipeline import loader
 from nwrepro.training.recipe import check_parameters, make_recipe
 from nwrepro.training.command import parser
-from nwrepro.training.loop import begin_run, make_model, make_views, start, steps_of_epoch
+from nwrepro.training.lifecycle import begin_run
+from nwrepro.training.build import make_model, make_views
+from nwrepro.training.engine import start_training
+from nwrepro.training.loop import train_epoch
 
 STEPS, ROUNDS = 6, 24
 
-def fit_steps(state):
+def fit_steps(training):
     "The product's own steps: images from disk or memory, augmentation, checks, record"
     begin = time.perf_counter()
-    end = state.step+STEPS
-    while state.step < end: steps_of_epoch(state, end, lambda line: None)
+    end = training.progress.step+STEPS
+    while training.progress.step < end: train_epoch(training, end, lambda line: None)
     return time.perf_counter()-begin
 
-def bare_steps(state, batches):
+def bare_steps(engine, batches):
     "The least that trains"
     begin = time.perf_counter()
     for x, y in batches:
-        loss = F.cross_entropy(state.fast(x), y)
-        state.optimizer.zero_grad()
+        loss = F.cross_entropy(engine.fast(x), y)
+        engine.optimizer.zero_grad()
         loss.backward()
-        state.optimizer.step()
+        engine.optimizer.step()
     return time.perf_counter()-begin
 
 def main():
@@ -38,11 +41,11 @@ def main():
     recipe = make_recipe(given, source)
     views = make_views(recipe, source)
     with tempfile.TemporaryDirectory() as folder:
-        state = start(make_model(recipe, len(source.classes)), recipe, views, begin_run(recipe, source, given, folder), workers=values['workers'])
+        training = start_training(make_model(recipe, len(source.classes)), recipe, views, begin_run(recipe, source, given, folder), workers=values['workers'])
         for i in views.train.indices[:20_000]: views.train[0, i]
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         ready = [(x.contiguous(memory_format=layout), y) for (x, y, _), _ in zip(loader(views.train, 0, recipe.batch_size), range(STEPS))]
-        seconds = [(fit_steps(state), bare_steps(state, ready)) for _ in range(ROUNDS+1)][1:]
+        seconds = [(fit_steps(training), bare_steps(training.engine, ready)) for _ in range(ROUNDS+1)][1:]
     images = STEPS*recipe.batch_size
     fit, bare = (images/statistics.median(column) for column in zip(*seconds, strict=True))
     low, ratio, high = statistics.quantiles([b/f for f, b in seconds])

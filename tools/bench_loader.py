@@ -59,7 +59,7 @@ def stages(views, batch_size):
     return ms
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition('\n')[0])
     parser.add_argument('folder', type=Path)
     for name, default in (('image_size', 224), ('workers', 0), ('images', 400), ('batch_size', 50), ('rounds', 7)): parser.add_argument(f'--{name}', type=int, default=default)
     parser.add_argument('--pipelines', nargs='+', choices=PIPELINES, default=PIPELINES)

@@ -5,11 +5,11 @@ Steps with and without the check run in turn in one process on one batch, after 
 """
 import statistics, tempfile, time
 import torch
-import nwrepro.training.loop as training
+from nwrepro.training import build, command, engine, lifecycle, loop
 from nwrepro.training.sources import load_source
 from nwrepro.training.pipeline import loader
 from nwrepro.training.recipe import DEFAULTS, check_parameters, make_recipe
-from nwrepro.training.checkpoint import saved_states
+from nwrepro.training.checkpoint import checkpoint_files, release_lock
 
 STEPS, ROUNDS = 6, 15
 
@@ -19,23 +19,23 @@ def seconds(f, *args):
     return time.perf_counter()-begin
 
 def main():
-    given = vars(training.parser().parse_args())
+    given = vars(command.parser().parse_args())
     values = check_parameters(given)
     source = load_source(values['data'], values['data_dir'])
     recipe = make_recipe(given, source)
-    views = training.make_views(recipe, source)
+    views = build.make_views(recipe, source)
     x, y, _ = next(iter(loader(views.train, 0, recipe.batch_size)))
-    check, free = training.grad_length, torch.tensor(1.)
+    check, free = loop.grad_norm, torch.tensor(1.)
     def steps(checked):
-        training.grad_length = check if checked else lambda params: free
-        for _ in range(STEPS): training.train_step(state, x, y)
+        loop.grad_norm = check if checked else lambda params: free
+        for _ in range(STEPS): loop.train_step(training, x, y)
     with tempfile.TemporaryDirectory() as folder:
-        run = training.begin_run(recipe, source, given, folder)
-        state = training.start(training.make_model(recipe, len(source.classes)), recipe, views, run)
+        run = lifecycle.begin_run(recipe, source, given, folder)
+        training = engine.start_training(build.make_model(recipe, len(source.classes)), recipe, views, run)
         rounds = [(seconds(steps, True), seconds(steps, False)) for _ in range(ROUNDS+1)][1:]
-        writes = [seconds(training.checkpoint, state) for _ in range(7)]
-        size = saved_states(run)[-1].stat().st_size
-        training.release(run)
+        writes = [seconds(loop.save_checkpoint, training) for _ in range(7)]
+        size = checkpoint_files(run)[-1].stat().st_size
+        release_lock(run)
     checked, unchecked = (statistics.median(column)/STEPS for column in zip(*rounds, strict=True))
     write, period = statistics.median(writes), 60*DEFAULTS['checkpoint_minutes']
     print(f'{recipe.norm}, {recipe.arch} on {recipe.data}, {recipe.image_size} px, batch {recipe.batch_size}, {torch.get_num_threads()} threads, {ROUNDS} rounds of {STEPS} steps: '

@@ -7,7 +7,10 @@ import os, signal, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from nwrepro.results.costs import step_ratio
 from nwrepro.training.command import parser, prepare
-from nwrepro.training.loop import begin_run, make_model, start, steps_of_epoch
+from nwrepro.training.lifecycle import begin_run
+from nwrepro.training.build import make_model
+from nwrepro.training.engine import start_training
+from nwrepro.training.loop import train_epoch
 
 STEPS, WARM = 2, 3
 
@@ -16,11 +19,11 @@ def stand_ready(words):
     given = vars(parser().parse_args(words))
     recipe, source, views, _ = prepare(given)
     with tempfile.TemporaryDirectory() as folder:
-        state = start(make_model(recipe, len(source.classes)), recipe, views, begin_run(recipe, source, given, folder))
+        training = start_training(make_model(recipe, len(source.classes)), recipe, views, begin_run(recipe, source, given, folder))
         print(recipe.batch_size*STEPS, flush=True)
         for _ in sys.stdin:
-            begin, end = time.perf_counter(), state.step+STEPS
-            while state.step < end: steps_of_epoch(state, end, lambda line: None)
+            begin, end = time.perf_counter(), training.progress.step+STEPS
+            while training.progress.step < end: train_epoch(training, end, lambda line: None)
             print(time.perf_counter()-begin, flush=True)
 
 def main(turns, words):

@@ -43,7 +43,7 @@ def tried(scratch, given):
                 val_loss=round(summary['val_loss'], 3), img_per_s=round(summary['img_per_s'], 1), seconds=round(time.perf_counter()-begin))
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.partition('\n')[0])
     parser.add_argument('photographs')
     parser.add_argument('scratch', type=Path)
     parser.add_argument('--norms', nargs='+', default=['bn', 'none', 'wn', 'np', 'trelu'])

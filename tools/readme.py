@@ -60,7 +60,7 @@ def render():
 
 def main():
     "Write the README, or only say whether it is up to date"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='change nothing; exit 1 where the README is out of date')
     check = parser.parse_args().check
     wanted = render()

@@ -9,7 +9,8 @@ from nwrepro.training.pipeline import Views, loader
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import make_recipe
 from nwrepro.training.runs import Record, machine
-from nwrepro.training.loop import make_views, trained
+from nwrepro.training.build import make_views
+from nwrepro.training.lifecycle import trained
 
 @torch.no_grad()
 def top1(model, views, recipe, training):

@@ -143,7 +143,7 @@ def pack_ended(folder, name):
     print(pack(new, REPORT/f'{name}.zip'), f'holds {len(new)} runs')
 
 if __name__ == '__main__':
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=['list', 'run', 'pack'])
     parser.add_argument('name', nargs='?', help='of a pack')
     parser.add_argument('--minutes', type=float, default=120)

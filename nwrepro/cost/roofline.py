@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from ..methods.initialization import residual_blocks
 from ..methods.fast import FusedNPReLU, FusedTReLU, WNSGD, compiled, trelu_backward
-from ..training.probes import direction, evaluating, grad_length
+from ..training.probes import direction_parameter, eval_mode
+from ..training.monitor import grad_norm
 
 # %% ../../nbs/cost/roofline.ipynb #a5536fae
 Part = namedtuple('Part', 'layer kind inputs outputs weights channels macs')  # counts per image; `weights`: of all filters
@@ -29,7 +30,7 @@ def part_of(
     y:torch.Tensor,     # what it wrote, `[1, ...]`
 )->Part:
     "One row of the table of sizes"
-    w = direction(module)
+    w = direction_parameter(module)
     weights, channels = (0, 0) if w is None else (w.numel(), len(w))
     return Part(name, kind, x.numel(), y.numel(), weights, channels, y.numel()*weights//max(channels, 1))
 
@@ -60,7 +61,7 @@ def part_sizes(
     def watch(name, kind): return modules[name].register_forward_hook(lambda m, args, y: rows.append(part_of(name, kind, m, args[0], y)))
     hooks = [watch(*item) for item in part_kinds(model).items()]
     try:
-        with evaluating(model): model(next(model.parameters()).new_zeros(1, 3, image_size, image_size))
+        with eval_mode(model): model(next(model.parameters()).new_zeros(1, 3, image_size, image_size))
     finally:
         for hook in hooks: hook.remove()
     return pandas.DataFrame(rows, columns=Part._fields)
@@ -257,7 +258,7 @@ def filter_step(
     optimizer = WNSGD([dict(params=weights, weight_norm='affine')], lr=1e-9, momentum=0.9, compile=True)
     for w in weights: w.grad = torch.zeros_like(w)
     def both():
-        grad_length(weights)
+        grad_norm(weights)
         optimizer.step()
     return median_seconds(both, 'cpu', 20)
 

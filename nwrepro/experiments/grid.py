@@ -17,10 +17,12 @@ from datetime import timedelta
 from functools import cache
 from pathlib import Path
 import pandas
-from ..training.checkpoint import hold, release
+from ..training.build import make_views
+from ..training.checkpoint import acquire_lock, release_lock
+from ..training.lifecycle import check_images
 from ..training.sources import load_source
 from ..common import project_root
-from ..training.loop import evaluated, make_views, same_images
+from ..training.loop import is_eval_epoch
 from ..training.recipe import DEFAULTS, check_parameters, make_recipe, parse_value
 from ..training.records import load_runs
 from ..training.runs import RESULTS, Record, code_hash, machine, read_metrics, run_name, write_atomic
@@ -49,7 +51,7 @@ def make_point(
         source = read(values['data'], values['data_dir'])
         recipe = make_recipe(values, source)
         batches, record = make_views(recipe, source).batches, Record(run_name(asdict(recipe)))
-        if record.status in RESULTS and not values['fresh'] and not values['accept_changes']: same_images(record, source)
+        if record.status in RESULTS and not values['fresh'] and not values['accept_changes']: check_images(record, source)
     except ValueError as error: raise ValueError(f'point {label}: {error}') from None
     steps = min(recipe.epochs*batches, recipe.max_steps or math.inf)
     return Point(label, given, recipe, record, steps, batches)
@@ -99,7 +101,7 @@ def count_evaluations(
 )->int:
     "How often a run is evaluated: before the first step, after epochs and at the end"
     epochs = math.ceil(steps/batches)
-    return 1+len({epochs} | {epoch for epoch in range(1, epochs) if evaluated(epoch, every)})
+    return 1+len({epochs} | {epoch for epoch in range(1, epochs) if is_eval_epoch(epoch, every)})
 
 # %% ../../nbs/experiments/grid.ipynb #a7ee8332
 def median_times(
@@ -211,8 +213,8 @@ def execute_notebook(
     from traitlets.config import Config  # comes with it
     record, root = Record(name), project_root()
     part = unfinished_notebook(record)
-    hold(record, wait=-1)
-    release(record)
+    acquire_lock(record, wait=-1)
+    release_lock(record)
     part.parent.mkdir(parents=True, exist_ok=True)
     source, target = map(os.path.relpath, (root/'nbs'/'train.ipynb', part))  # both stay in the notebook, and name no machine's folders
     try:

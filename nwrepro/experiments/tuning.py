@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LR_FACTORS', 'MAX_EXTENSIONS', 'DEFAULT_HOLDOUT', 'LR_BOUNDS', 'PROBE_STEPS', 'MIN_LR_SHARE', 'LrLimit', 'GRIDS',
-           'SWEEP_PARAMETERS', 'lr_setting', 'score_table', 'best_lrs', 'next_lr', 'tune_lr', 'untried_side',
-           'write_tuned', 'learns', 'largest_lr', 'check_probe', 'probe_parameters', 'lr_ladder', 'largest_lr_table',
+           'lr_setting', 'score_table', 'best_lrs', 'next_lr', 'tune_lr', 'untried_side', 'write_tuned', 'learns',
+           'largest_lr', 'check_probe', 'probe_parameters', 'lr_ladder', 'largest_lr_table', 'SweepParameters',
            'sweep_parameters']
 
 # %% ../../nbs/experiments/tuning.ipynb #c0c6727c
@@ -15,12 +15,13 @@ from csv import DictWriter
 from dataclasses import asdict
 from datetime import datetime, timezone
 from types import SimpleNamespace
+from typing import Literal
 import pandas, torch
 from filelock import FileLock
 from .grid import Point, expand_grid, make_points
 from ..common import choose, project_root
-from ..training.loop import make_schedule, warmup_steps
-from ..training.recipe import RULES, TUNED_BY, Recipe, Rule, notebook_parameters, parse_value, tuned_table
+from ..training.build import make_schedule, warmup_steps
+from ..training.recipe import RULES, TUNED_BY, ParameterTable, Recipe, flag, notebook_parameters, number, parse_value, text, tuned_table, validate, whole
 from ..training.runs import Record, write_atomic
 
 # %% ../../nbs/experiments/tuning.ipynb #f0d5d9fc
@@ -208,22 +209,21 @@ def largest_lr_table(
 GRIDS = dict(points=lambda given: iter([make_points(expand_grid(given))]), tune_lr=tune_lr, survival=lr_ladder)
 
 # %% ../../nbs/experiments/tuning.ipynb #2ff015e6
-SWEEP_PARAMETERS = dict(
-    grid=Rule(str, 'what is run: points (every combination), tune_lr or survival'),
-    jobs=Rule(int, 'runs side by side on this machine, a whole number of at least 1', lambda v: v >= 1),
-    cluster=Rule(str, 'where runs are executed: local (this machine) or slurm (as jobs in its queue)', lambda v: v in ('local', 'slurm')),
-    hours=Rule(float, 'time limit of a job on a cluster, hours, above 0', lambda v: 0 < v < math.inf),
-    sbatch=Rule(str, 'options of a job, as --partition=gpu; none = none'),
-    dry_run=Rule(bool, 'True = show what would run and how long it would take, False = run it'),
-)
+class SweepParameters(ParameterTable):
+    "Parameters of the sweep itself"
+    grid:str|None = text('what is run: points (every combination), tune_lr or survival')
+    jobs:int = whole('runs side by side on this machine', 1)
+    cluster:Literal['local', 'slurm'] = text('where runs are executed: local (this machine) or slurm (as jobs in its queue)')
+    hours:float = number('time limit of a job on a cluster, hours', gt=0)
+    sbatch:str|None = text('options of a job, as --partition=gpu', none='none')
+    dry_run:bool|None = flag('True = show what would run and how long it would take, False = run it')
 
+# %% ../../nbs/experiments/tuning.ipynb #84e597bb
 def sweep_parameters(
     namespace:dict,  # `globals()` of the notebook
-)->tuple[dict,SimpleNamespace]:  # parameters of runs, each a value or a list; the names in `SWEEP_PARAMETERS` beside them
+)->tuple[dict,SimpleNamespace]:  # parameters of runs, each a value or a list; those of the sweep beside them
     "What a notebook's cell asks for; ValueError for a name or a value of the sweep that is not accepted"
-    values = notebook_parameters(namespace, [*RULES, *SWEEP_PARAMETERS])
-    own = SimpleNamespace(**{name: parse_value(name, values.pop(name), SWEEP_PARAMETERS) for name in SWEEP_PARAMETERS})
+    values = notebook_parameters(namespace, [*RULES, *SweepParameters.model_fields])
+    own = SimpleNamespace(**validate(SweepParameters, {name: values.pop(name) for name in SweepParameters.model_fields}))
     choose('grid', own.grid, list(GRIDS))
-    for name in ('jobs', 'cluster', 'hours'):
-        if getattr(own, name) is None: raise ValueError(f'{name} = none is not accepted: expected {SWEEP_PARAMETERS[name].words}')
     return values, own

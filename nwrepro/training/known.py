@@ -15,7 +15,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import nn
 from .data import Source
 from .distributed import first_line
-from .loop import tally
+from .evaluation import loss_and_hits
 from .pipeline import PIPELINES, Pipeline, Views, loader, pipelines
 from .sources import load_source
 
@@ -71,7 +71,7 @@ def score(
     device = next(model.parameters()).device
     total, n = numpy.zeros(3), 0
     for x, y, _ in loader(views, batch_size=batch_size, shuffle=False, workers=workers):
-        total += tally(model(x.to(device)), y.to(device))
+        total += loss_and_hits(model(x.to(device)), y.to(device))
         before, n = n, n+len(y)
         if n//5000 > before//5000: show(f'{n:,} of {len(source.val):,} images: top-1 {100*total[1]/n:.2f} %')
     low, high = scipy.stats.binomtest(int(total[1]), n).proportion_ci(0.95, method='wilson')
@@ -82,7 +82,7 @@ def main(
     args=None,  # words of the command line; None = the process's own
 )->int:         # 0, or 2 for wrong input
     "Entry point of `python -m nwrepro.known`"
-    new = argparse.ArgumentParser('python -m nwrepro.known', description='Test a stock timm network through the pipeline of a run.')
+    new = argparse.ArgumentParser('python -m nwrepro.known', allow_abbrev=False, description='Test a stock timm network through the pipeline of a run.')
     new.add_argument('--weights', required=True, help="timm's name of a pretrained network, or a file .safetensors, .pth or .pt")
     new.add_argument('--arch', default='resnet50', help="timm's name of the network that a file belongs to [default: %(default)s]")
     new.add_argument('--data', default='imagenet', help='source of the test images, as in training [default: %(default)s]')

@@ -9,9 +9,9 @@ from conftest import ROOT, snapshot
 from nwrepro.experiments import grid
 from nwrepro.experiments.grid import (Outcome, expand_grid, format_time, is_done, median_times, make_points, raise_failed, seconds_left, steps_done,
                                       total_time, unfinished_notebook)
-from nwrepro.training.checkpoint import release
+from nwrepro.training.checkpoint import acquire_lock, release_lock
 from nwrepro.training.sources import load_source
-from nwrepro.training.loop import begin_run
+from nwrepro.training.lifecycle import begin_run
 from nwrepro.training.recipe import make_recipe
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Record, Run, read_metrics
@@ -49,7 +49,7 @@ def test_a_point_is_the_run_that_the_same_command_begins(elsewhere):
     point, = preview(SMALL | dict(norm='wn', lr='0.02', max_steps=3))
     source = load_source('digits')
     run = begin_run(make_recipe(point.given, source), source, point.given)
-    release(run)
+    release_lock(run)
     assert (run.name, run.path) == (point.record.name, point.record.path) and point.steps == 3 and point.batches == 5
 
 # what is over, and what it takes

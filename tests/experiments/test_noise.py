@@ -9,7 +9,7 @@ from nwrepro.methods.layers import GhostBatchNorm2d
 from nwrepro.training.recipe import make_recipe
 from nwrepro.methods.deploy import fold
 from nwrepro.methods.schemes import SCHEMES
-from nwrepro.training.loop import make_model, make_views
+from nwrepro.training.build import make_model, make_views
 
 FILE = ROOT/'reports/cifar10/wn_noise.py'
 

@@ -54,7 +54,7 @@ def results(project):
     runs = load_runs(project/'reports/runs').set_index('run').sort_index()
     return runs[['status', 'top1', 'train_top1', 'val_loss', 'steps']]
 
-UNDISTURBED = 'import json, sys; from nwrepro.training.loop import main; assert [main(words) for words in json.loads(sys.argv[1])] == [0]*3'
+UNDISTURBED = 'import json, sys; from nwrepro.training.command import main; assert [main(words) for words in json.loads(sys.argv[1])] == [0]*3'
 
 @pytest.mark.slow
 def test_a_sweep_goes_through_a_queue_that_takes_jobs_away(project, queue):

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest, timm, torch
 from torch import nn
 import nwrepro
-import nwrepro.training.loop
+import nwrepro.training.lifecycle
 from conftest import run_in
 from nwrepro import SCHEMES, Scheme, convert, load_runs
 from nwrepro.methods.custom import BUILT_IN, load_schemes
@@ -11,7 +11,10 @@ from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import check_parameters, make_recipe
 from nwrepro.training.records import records
 from nwrepro.training.runs import Record, run_name
-from nwrepro.training.loop import asdict, begin_run, fit, make_model, make_views, recipe_of, trained
+from dataclasses import asdict
+from nwrepro.training.loop import fit
+from nwrepro.training.lifecycle import begin_run, recipe_of, trained
+from nwrepro.training.build import make_model, make_views
 
 HEAD = 'from torch import nn\nfrom nwrepro import SCHEMES, Scheme\n'
 MINE = HEAD+"SCHEMES['mine'] = Scheme(norm=lambda bn: nn.GroupNorm({groups}, bn.num_features))\n"
@@ -108,7 +111,7 @@ def test_a_scheme_that_was_typed_is_refused_before_anything_is_trained(norm, tmp
 def test_a_result_of_other_code_is_shown_as_such(tmp_path, monkeypatch):
     lines, (first, run) = [], run_it(tmp_path, norm='wn')
     assert run_it(tmp_path, lines.append, norm='wn')[0] == first and not lines
-    monkeypatch.setattr(nwrepro.training.loop, 'code_hash', lambda: 'feedfeedfeedfeed')
+    monkeypatch.setattr(nwrepro.training.lifecycle, 'code_hash', lambda: 'feedfeedfeedfeed')
     assert run_it(tmp_path, lines.append, norm='wn')[0] == first
     assert [line for line in lines if 'is of other code' in line and 'now feedfeed' in line and 'fresh=True' in line]
     assert load_runs(tmp_path)[['code', 'hardware']].notna().all(axis=None)

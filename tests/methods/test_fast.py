@@ -18,7 +18,10 @@ from nwrepro.cost.roofline import kept_bytes
 from nwrepro.methods.deploy import fold, to_timm
 from nwrepro.methods.schemes import convert, parameter_roles
 from nwrepro.training.checkpoint import Interrupted
-from nwrepro.training.loop import fit, logits_of, make_model, make_optimizer, make_schedule, start, train_step, trained
+from nwrepro.training.build import make_model, make_optimizer, make_schedule
+from nwrepro.training.engine import logits_of, start_training
+from nwrepro.training.lifecycle import trained
+from nwrepro.training.loop import fit, train_step
 from test_loop import digits, train as train_run
 
 ALL, WN = ('bn', 'none', 'wn', 'np', 'trelu'), ('wn', 'np', 'trelu')
@@ -202,7 +205,7 @@ def predictions(run): return [line.split(',')[2] for line in (run.path/'predicti
 
 @torch.no_grad()
 def predicted(model):
-    x = torch.stack([views.val[(0, i)][0] for views in [nwrepro.training.loop.make_views(make_recipe(dict(arch='resnet18', image_size=16, bn_batch=10, batch_size=20, train_images=100, epochs=2), digits), digits)] for i in range(360)])
+    x = torch.stack([views.val[(0, i)][0] for views in [nwrepro.training.build.make_views(make_recipe(dict(arch='resnet18', image_size=16, bn_batch=10, batch_size=20, train_images=100, epochs=2), digits), digits)] for i in range(360)])
     return [str(k) for k in model.eval()(x).argmax(1).tolist()]
 
 def test_the_second_fit_of_a_model_records_what_it_holds(tmp_path):
@@ -246,7 +249,7 @@ def test_an_interrupted_run_gives_the_weights_of_its_checkpoint(tmp_path):
     with torch.no_grad():
         for p in fresh.parameters(): p.add_(1)
     run = nwrepro.training.runs.Run(next(tmp_path.glob('wn-*')).name, tmp_path, tmp_path/'checkpoints')
-    nwrepro.training.loop.load_checkpoint(fresh, run)
+    nwrepro.training.command.load_checkpoint_weights(fresh, run)
     for (name, a), b in zip(fresh.state_dict().items(), kept[0].state_dict().values(), strict=True): assert torch.equal(a, b), name
 
 def test_weights_of_before_are_read(tmp_path):
@@ -500,22 +503,23 @@ def test_a_recipe_is_wired_to_all_it_names(name, norm, precision):
     recipe = make_recipe(given, digits)
     assert (recipe.zero_init, recipe.decay_on, recipe.precision) == (wanted['zero'], wanted['decays'], precision)
     model = make_model(recipe, 10)
-    views = nwrepro.training.loop.make_views(recipe, digits)
+    views = nwrepro.training.build.make_views(recipe, digits)
     layers = {name: model.get_submodule(name) for name in wn_layers(model)}
-    state = start(model, recipe, views, None, keep=[name for name, m in layers.items() if m.g is not None and (m.g == 0).any()])
+    training = start_training(model, recipe, views, None, keep=[name for name, m in layers.items() if m.g is not None and (m.g == 0).any()])
+    engine = training.engine
     batches, warmup = views.batches, wanted['warmup']
     at = [0, warmup*batches, int(0.1*recipe.epochs*batches), recipe.epochs*batches//2, int(0.9*recipe.epochs*batches)]
     seen = []
     for k in at:
-        state.schedule.step_update(k)
-        seen.append({group['lr'] for group in state.optimizer.param_groups})
+        engine.schedule.step_update(k)
+        seen.append({group['lr'] for group in engine.optimizer.param_groups})
     assert all(len(lrs) == 1 for lrs in seen)
     lrs = [lrs.pop()/recipe.lr for lrs in seen]
     assert lrs[0] == pytest.approx(1/(warmup*batches)) and lrs[1:] == pytest.approx([wanted['shape'](k/(recipe.epochs*batches)) for k in at[1:]], abs=1e-3)
     roles, decays = parameter_roles(model), {}
-    plain = {id(w): layer for w, layer in plain_weights(state.fast, model).values()}
-    names = {id(p): k for k, p in state.fast.named_parameters()}
-    for group in state.optimizer.param_groups:
+    plain = {id(w): layer for w, layer in plain_weights(engine.fast, model).values()}
+    names = {id(p): k for k, p in engine.fast.named_parameters()}
+    for group in engine.optimizer.param_groups:
         for p in group['params']:
             if id(p) in plain:
                 assert group['weight_norm'] == ('strict' if plain[id(p)].g is None else 'affine')
@@ -529,8 +533,8 @@ def test_a_recipe_is_wired_to_all_it_names(name, norm, precision):
         inside = torch.rand(2, 64, 8, 8)
         is_shortcut = near(block(inside), inside, 1e-5)
     assert is_shortcut == (norm == 'trelu' or wanted['zero'] and norm != 'np')
-    before = {k: p.detach().clone() for k, p in state.fast.named_parameters()}
+    before = {k: p.detach().clone() for k, p in engine.fast.named_parameters()}
     for k in range(4):
-        state.step = warmup*batches+k
-        assert train_step(state, x, torch.arange(10)) is None
-    assert [k for k, p in state.fast.named_parameters() if torch.equal(p, before[k])] == []
+        training.progress.step = warmup*batches+k
+        assert train_step(training, x, torch.arange(10)) is None
+    assert [k for k, p in engine.fast.named_parameters() if torch.equal(p, before[k])] == []

@@ -12,13 +12,14 @@ from nwrepro.methods.fast import fast_form
 from nwrepro.methods.later import MeanOnlyBatchNorm2d, SCHEMES
 from nwrepro.methods.layers import GhostBatchNorm2d, filter_norms
 from nwrepro.methods.networks import scale_channels, stock_network
-from nwrepro.training.distributed import divide, in_turn, running, tracked
+from nwrepro.training.distributed import micro_batch_size, running_stats_share, running_stats, layers_with_running_stats
 from nwrepro.training.recipe import RECIPES, make_recipe, scheme_facts, tuned_lr, tuned_table
 from nwrepro.training.runs import Record, run_name
 from nwrepro.methods.deploy import fold, to_timm
 from nwrepro.methods.schemes import Scheme, convert, parameter_roles, uses_batch_statistics
 from nwrepro.training.command import main
-from nwrepro.training.loop import make_model, make_optimizer, recipe_of
+from nwrepro.training.build import make_model, make_optimizer
+from nwrepro.training.lifecycle import recipe_of
 
 LATER = ('gn', 'gn_ws', 'wn_mbn', 'skipinit', 'nf', 'dyt')
 ALL = FIVE+LATER
@@ -155,12 +156,12 @@ def test_batch_statistics_are_found_under_any_name(norm, monkeypatch):
     with pytest.raises(ValueError, match='batch_size = 20 is not a multiple of bn_batch = 7'): make_recipe(SMALL | dict(norm=norm, bn_batch=7), digits)
     recipe = make_recipe(SMALL | dict(norm=norm, bn_batch=10), digits)
     assert scheme_facts(recipe).batch_statistics
-    with pytest.raises(ValueError, match='micro_batch = 5 does not divide the 20 images of a process in groups of bn_batch = 10'): divide(recipe, 1, 5, True)
-    assert divide(recipe, 1, 5, False) == 5
+    with pytest.raises(ValueError, match='micro_batch = 5 does not divide the 20 images of a process in groups of bn_batch = 10'): micro_batch_size(recipe, 1, 5, True)
+    assert micro_batch_size(recipe, 1, 5, False) == 5
     model.train()
     x = torch.randn(20, 3, 16, 16)
     model(x)
-    assert {m.num_batches_tracked.item() for m in tracked(model)} == {4}
+    assert {m.num_batches_tracked.item() for m in layers_with_running_stats(model)} == {4}
 
 def test_a_batch_that_cannot_be_divided_is_refused_for_mean_only_statistics(tmp_path, monkeypatch, capsys):
     (tmp_path/'settings.ini').touch()
@@ -201,12 +202,12 @@ def test_running_means_of_processes_are_those_of_one():
     def layer_after(images):
         layers = [MeanOnlyBatchNorm2d(3, bn_batch=8).double(), GhostBatchNorm2d(3, bn_batch=8, momentum=0.3).double()]
         layers[0].running_mean.fill_(0.5)
-        before = torch.cat(running(layers))
+        before = torch.cat(running_stats(layers))
         for layer in layers: layer(images)
-        return before, torch.cat(running(layers))
+        return before, torch.cat(running_stats(layers))
     before, alone = layer_after(x)
     keep = torch.tensor([0.9]*3+[0.7]*6, dtype=torch.float64)**2
-    summed = sum(in_turn(before, layer_after(half)[1], keep, p, 2) for p, half in enumerate(x.chunk(2)))
+    summed = sum(running_stats_share(before, layer_after(half)[1], keep, p, 2) for p, half in enumerate(x.chunk(2)))
     torch.testing.assert_close(summed, alone, rtol=1e-12, atol=1e-12)
 
 # roles and bad values

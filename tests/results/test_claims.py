@@ -11,7 +11,7 @@ from nwrepro.results.variants import FREE, SETTING, budget, by_setting, candidat
 from nwrepro.results.claims import CLAIMS, HOLM_FAMILY, adjusted, judge
 from nwrepro.results.costs import cost_records
 from nwrepro.results.histories import RunHistory, early, epochs_to, first_block_ratio, gains, growth, premise, rise, running_accuracy, trend_note
-from nwrepro.training.probes import layers
+from nwrepro.training.probes import probed_layers
 from nwrepro.training.recipe import RECIPES, Recipe
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import Run, to_json
@@ -454,7 +454,7 @@ def test_gains_follow_the_network_of_timm(arch):
     model = timm.create_model(arch, num_classes=10, norm_layer=lambda channels, **kwargs: torch.nn.Identity(),
                               act_layer=torch.nn.Identity).eval()
     model.maxpool = torch.nn.Identity()
-    for name, module in layers(model).items(): module.register_forward_hook(hook(name))
+    for name, module in probed_layers(model).items(): module.register_forward_hook(hook(name))
     torch.manual_seed(0)
     model(torch.randn(2, 3, 64, 64))
     found = gains(dict(layer=list(seen), rms=[output for _, output in seen.values()]))

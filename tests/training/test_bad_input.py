@@ -11,8 +11,7 @@ from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import DEFAULTS, RULES, check_parameters, notebook_parameters, parse_value
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import read_metrics
-from nwrepro.training.command import main
-from nwrepro.training.loop import train as train_run
+from nwrepro.training.command import main, train as train_run
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=1, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, max_steps=1)
 

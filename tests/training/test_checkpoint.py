@@ -7,15 +7,15 @@ from safetensors.torch import load_file
 
 from conftest import run_in
 from nwrepro.training.runs import Record, Run, read_metrics
-from nwrepro.training.checkpoint import HELD, hold, load_state, lock_files, release, save_state, saved_states
+from nwrepro.training.checkpoint import LOCKS, acquire_lock, read_checkpoint, lock_files, release_lock, write_checkpoint, checkpoint_files
 from nwrepro.training.command import main
 
 SMALL = dict(data='digits', arch='resnet18', train_images=200, epochs=5, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2, lr=0.01,
              checkpoint_steps=5)
 STEPS, PER_EPOCH = 50, 10
-KEEPING = '''import nwrepro.training.loop as t
-t.drop_states = lambda run: None  # so that the last state can be compared
-raise SystemExit(t.main())'''
+KEEPING = '''from nwrepro.training import command, loop
+loop.delete_checkpoints = lambda run: None  # so that the last state can be compared
+raise SystemExit(command.main())'''
 
 def words(**given): return [word for k, v in (SMALL | given).items() for word in (f'--{k}', str(v))]
 
@@ -38,7 +38,7 @@ class Project:
         paths = [p for p in (self.folder/'reports/runs').glob('*') if '.old-' not in p.name]
         return Record(paths[0].name, paths[0].parent, self.folder/'data/checkpoints') if paths else None
     def lines(self): return read_metrics(self.record.path/'metrics.jsonl') if self.record else []
-    def steps(self): return [int(p.name[5:14]) for p in saved_states(self.record)] if self.record else []
+    def steps(self): return [int(p.name[5:14]) for p in checkpoint_files(self.record)] if self.record else []
 
 def wait_for(happened, process, seconds=120):
     "Look every two milliseconds whether something has happened"
@@ -52,7 +52,7 @@ def wait_for(happened, process, seconds=120):
 def contents(project):
     "All that a run comes to, without clock times"
     record, clocks = project.record, ('img_per_s', 'wall_s')
-    state, torn = load_state(record)
+    state, torn = read_checkpoint(record)
     assert torn == []
     lines = [line for line in project.lines() if line['event'] != 'resume']
     summary = {k: v for k, v in record.summary.items() if k not in clocks}
@@ -135,7 +135,7 @@ def test_a_signal_saves_the_step_and_names_the_command_that_goes_on(number, work
     wait_for(lambda: training(project, 0), process)
     os.killpg(process.pid, number)
     out, _ = process.communicate(timeout=60)
-    summary, (state, _) = project.record.summary, load_state(project.record)
+    summary, (state, _) = project.record.summary, read_checkpoint(project.record)
     assert (process.returncode, summary['status']) == (75, 'interrupted') and state['step'] == summary['steps'] > 0
     last = out.strip().splitlines()[-1]
     assert last.startswith(f'{number.name} stopped the run after step {summary["steps"]}, which is saved')
@@ -164,7 +164,7 @@ def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, whol
     wait_for(lambda: len(project.steps()) == 2 and training(project, project.steps()[1]), process)
     process.kill()
     process.communicate()
-    newest, before = saved_states(project.record)[::-1]
+    newest, before = checkpoint_files(project.record)[::-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     code, out = project.run('-c', KEEPING, norm='wn')
     assert code == 0 and f'checkpoint {newest.name} is torn' in out
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(whe
     last = out.strip().splitlines()[-1]
     assert code == 2 and last.startswith(f'there is no space left for {project.folder/where}') and last.endswith('goes on from the last state of the run'), out
     assert project.record.status == 'started'
-    state, torn = load_state(project.record)
+    state, torn = read_checkpoint(project.record)
     assert state['step'] > 0 and torn == []
     disk(project.folder/where, f'size={large}')
     code, out = project.run('-c', KEEPING, norm='wn')
@@ -274,41 +274,41 @@ def test_a_read_only_folder_is_one_sentence(tmp_path, disk, monkeypatch, capsys)
 def run(tmp_path):
     run = Run('x', tmp_path/'runs', tmp_path/'checkpoints')
     yield run
-    release(run)
+    release_lock(run)
 
 def test_states_are_kept_by_twos_and_a_flipped_bit_is_seen(run):
-    for step in (1, 20, 300): newest = save_state(run, step, dict(w=torch.arange(10.), step=step))
-    assert [int(p.name[5:14]) for p in saved_states(run)] == [20, 300]
+    for step in (1, 20, 300): newest = write_checkpoint(run, step, dict(w=torch.arange(10.), step=step))
+    assert [int(p.name[5:14]) for p in checkpoint_files(run)] == [20, 300]
     for position in (0, 100, newest.stat().st_size//2, -1):
         content = bytearray(newest.read_bytes())
         content[position] ^= 1
         newest.write_bytes(content)
-        state, torn = load_state(run)
+        state, torn = read_checkpoint(run)
         assert state['step'] == 20 and torn == [newest.name] and newest.with_suffix('.torn').exists()
         content[position] ^= 1
         newest.with_suffix('.torn').unlink()
         newest.write_bytes(content)
-    assert load_state(run)[0]['step'] == 300
-    for path in saved_states(run): path.write_bytes(b'')
-    state, torn = load_state(run)
+    assert read_checkpoint(run)[0]['step'] == 300
+    for path in checkpoint_files(run): path.write_bytes(b'')
+    state, torn = read_checkpoint(run)
     assert state is None and [name[5:14] for name in torn] == ['000000300', '000000020']
 
 class Code:
     def __reduce__(self): return print, ('code ran',)
 
 def test_a_state_that_carries_code_is_not_run(run, capsys):
-    save_state(run, 1, dict(code=Code()))
-    with pytest.raises(Exception, match='(?i)weights.only'): load_state(run)
+    write_checkpoint(run, 1, dict(code=Code()))
+    with pytest.raises(Exception, match='(?i)weights.only'): read_checkpoint(run)
     assert 'code ran' not in capsys.readouterr().out
 
 def test_one_process_may_ask_twice_and_gives_back_once(run):
-    hold(run)
-    hold(run, wait=0)
+    acquire_lock(run)
+    acquire_lock(run, wait=0)
     _, holder = lock_files(run)
     assert f'process {os.getpid()} on ' in holder.read_text()
-    release(run)
-    assert not HELD and not holder.exists()
-    release(run)
+    release_lock(run)
+    assert not LOCKS and not holder.exists()
+    release_lock(run)
 
 def test_begin_clears_away_what_a_killed_process_left_half_written(run):
     run.begin(dict(norm='wn'), {})

@@ -38,20 +38,23 @@ def trained(folder, processes, **given):
 STEPS = """
 import json, sys, torch
 from nwrepro.training.sources import load_source
-from nwrepro.training.distributed import meet
+from nwrepro.training.distributed import init_distributed
 from nwrepro.training.recipe import make_recipe
-from nwrepro.training.loop import make_model, make_views, share, start, train_step
+from nwrepro.training.build import make_model, make_views
+from nwrepro.training.engine import local_loader, start_training
+from nwrepro.training.loop import train_step
 for given, micro, steps, out in json.loads(sys.argv[1]):
     source = load_source('digits')
     recipe = make_recipe(given, source)
     views = make_views(recipe, source)
-    state = start(make_model(recipe, 10), recipe, views, None, micro)
-    batches = iter(share(state, views.train, 0, recipe.batch_size, shuffle=True, drop_last=True))
+    training = start_training(make_model(recipe, 10), recipe, views, None, micro)
+    engine = training.engine
+    batches = iter(local_loader(engine, views.train, 0, recipe.batch_size, shuffle=True, drop_last=True))
     for step in range(steps):
         x, y, _ = next(batches)
-        train_step(state, x, y)
-        if step == 0: first = {k: p.grad for k, p in state.fast.named_parameters() if p.grad is not None}
-    if meet().is_main_process: torch.save(dict(weights=state.fast.state_dict(), first=first, losses=state.rule.losses), out)
+        train_step(training, x, y)
+        if step == 0: first = {k: p.grad for k, p in engine.fast.named_parameters() if p.grad is not None}
+    if init_distributed().is_main_process: torch.save(dict(weights=engine.fast.state_dict(), first=first, losses=training.progress.monitor.losses), out)
 """
 
 def steps(folder, processes, jobs):
@@ -197,6 +200,31 @@ def test_a_flag_starts_processes_and_the_stop_button_reaches_them_once(project):
     code, out, err = ran(project, None, '-m', 'nwrepro.training', *flags(LONGER | dict(processes=2)))
     assert code == 0 and 'resumed' not in out and "'finished'" in out
 
+EVALUATION = """
+import os, signal
+from nwrepro.training import build, data, engine, evaluation
+from nwrepro.training.checkpoint import Interrupted, StopSignal
+from nwrepro.training.recipe import make_recipe
+digits = data.load_source('digits')
+recipe = make_recipe(dict(norm='wn', arch='resnet18', image_size=16, batch_size=110), digits)  # 3 batches of 110 and one of 30, of which the second process has none
+trained = engine.start_training(build.make_model(recipe, 10), recipe, build.make_views(recipe, digits), None).engine
+network, rank, views = engine.readable_copy(trained), trained.dist.process_index, trained.views.val
+result, rows = evaluation.evaluate(trained, network, views, StopSignal())
+asked, batches, forward = StopSignal(), [], evaluation.logits_of
+def counted(*args):
+    batches.append(1)
+    if rank == 1: asked(signal.SIGTERM, None)
+    return forward(*args)
+evaluation.logits_of = counted
+try: evaluation.evaluate(trained, network, views, asked)
+except Interrupted as stopped: os.write(1, f"{rank} {stopped} after {len(batches)}, {len(rows)} images\\n".encode())
+"""
+
+def test_a_stop_in_an_evaluation_stops_all_processes_at_the_next_batch(project):
+    (project/'evaluation.py').write_text(EVALUATION)
+    code, out, err = ran(project, 2, 'evaluation.py')
+    assert code == 0 and sorted(out.splitlines()) == [f'{rank} SIGTERM after 1, 360 images' for rank in (0, 1)], out+err
+
 def sentence(out): return [line for line in out.splitlines() if line.strip() and not line.startswith(('digits:', 'run '))]
 
 MANY = """
@@ -222,10 +250,10 @@ def test_bad_input_is_one_sentence_from_one_process(project):
 
 DIFFERENT = """
 import os, sys
-from nwrepro import training
-origin = training.provenance()
-training.provenance = lambda: origin | dict(code=f"{os.environ['RANK']}{origin['code']}")
-raise SystemExit(training.main(sys.argv[1:]))
+from nwrepro.training import command
+origin = command.provenance()
+command.provenance = lambda: origin | dict(code=f"{os.environ['RANK']}{origin['code']}")
+raise SystemExit(command.main(sys.argv[1:]))
 """
 
 def test_processes_with_different_code_are_refused(project):

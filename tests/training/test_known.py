@@ -10,8 +10,8 @@ from nwrepro.training.data import Images, Source
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import make_recipe
 from nwrepro.methods.deploy import to_timm
+from nwrepro.training.build import make_model
 from nwrepro.training.command import main as train
-from nwrepro.training.loop import make_model
 
 def test_the_command_gives_what_the_run_recorded(tmp_path, monkeypatch, capsys):
     (tmp_path/'settings.ini').touch()

@@ -1,7 +1,7 @@
 "The loop: cut and resumed, run twice, diverging, and what it answers to bad input"
-import json, math, os, re, signal, subprocess, sys
+import json, math, os, signal, subprocess, sys
 import nbformat, pytest, torch
-import nwrepro.training.loop
+import nwrepro.training.command
 from conftest import FIVE, ROOT
 from safetensors.torch import load_file
 from timm.data.mixup import mixup_target
@@ -11,10 +11,14 @@ from nwrepro.training.pipeline import loader
 from nwrepro.training.recipe import RULES, check_parameters, make_recipe, notebook_parameters
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import read_metrics
-from nwrepro.training.checkpoint import HELD, Interrupted
+from nwrepro.training.checkpoint import LOCKS, Interrupted, StopSignal
 from nwrepro.experiments.grid import count_evaluations
-from nwrepro.training.command import main, what_broke
-from nwrepro.training.loop import begin_run, evaluate, first_images, fit, gradient, make_model, make_views, mix, probe, readable, recorded, seed_step, start, train_step, trained
+from nwrepro.training.build import first_images, make_model, make_views
+from nwrepro.training.command import first_error, main
+from nwrepro.training.engine import readable_copy, start_training
+from nwrepro.training.evaluation import evaluate, probe
+from nwrepro.training.lifecycle import begin_run, trained
+from nwrepro.training.loop import fit, forward_backward, is_log_step, mixup, seed_step, train_step
 
 SMALL = dict(data='digits', arch='resnet18', train_images=100, epochs=2, warmup_epochs=0, image_size=16, batch_size=20, bn_batch=10, dropout=0.2)
 digits = load_source('digits')
@@ -82,7 +86,7 @@ def test_exit_codes_tell_whether_the_step_is_saved(numbers, code, tmp_path, monk
     def interrupted(*args, **kwargs): return fit(*args, **kwargs | dict(watch=watch))
     (tmp_path/'settings.ini').touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(nwrepro.training.loop, 'fit', interrupted)
+    monkeypatch.setattr(nwrepro.training.command, 'fit', interrupted)
     assert main([word for k, v in (SMALL | dict(norm='wn', lr=0.01)).items() for word in (f'--{k}', str(v))]) == code
     assert load_runs(tmp_path/'reports/runs')['status'].tolist() == ['interrupted' if code == 75 else 'started']
 
@@ -91,7 +95,7 @@ def test_an_impatient_interrupt_stops_at_once_and_saves_nothing(tmp_path):
         for _ in range(2): signal.raise_signal(signal.SIGINT)
     def interrupted(*args, **kwargs): return fit(*args, **kwargs, watch=watch)
     with pytest.raises(KeyboardInterrupt, match='nothing was saved'): train(tmp_path, interrupted, norm='wn', lr=0.01)
-    assert load_runs(tmp_path)['status'].tolist() == ['started'] and not HELD
+    assert load_runs(tmp_path)['status'].tolist() == ['started'] and not LOCKS
     assert train(tmp_path, norm='wn', lr=0.01)[0]['status'] == 'finished'
 
 def test_a_diverged_run_is_a_result_with_a_record(tmp_path):
@@ -142,16 +146,16 @@ def test_epochs_that_are_evaluated(every, epochs, tmp_path):
 @pytest.mark.parametrize('batches, epochs, lines', [(31, 60, 8), (31, 1, 20), (5, 8, 5), (5005, 120, 4), (1, 9, 1), (40, 9999, 1)])
 def test_a_run_is_recorded_now_and_then_and_at_the_end_of_each_epoch(batches, epochs, lines):
     for epoch in (0, 1):
-        places = [place for place in range(1, batches+1) if recorded(epoch*batches+place, batches, epochs)]
+        places = [place for place in range(1, batches+1) if is_log_step(epoch*batches+place, batches, epochs)]
         assert len(places) == lines and places[-1] == batches
 
 def test_evaluation_agrees_with_a_plain_loop(tmp_path):
     recipe = make_recipe(SMALL, digits)
     views = make_views(recipe, digits)
-    state = start(make_model(recipe, 10), recipe, views, None)
-    result, rows = evaluate(state, readable(state), views.val)
+    engine = start_training(make_model(recipe, 10), recipe, views, None).engine
+    result, rows = evaluate(engine, readable_copy(engine), views.val, StopSignal())
     x = torch.stack([views.val[(0, i)][0] for i in range(360)])
-    with torch.no_grad(): logits = state.model.eval()(x)
+    with torch.no_grad(): logits = engine.model.eval()(x)
     y = torch.tensor(digits.val.labels)
     assert result['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-4)
     top5 = (logits.topk(5).indices == y[:,None]).any(1).float().mean().item()
@@ -160,34 +164,35 @@ def test_evaluation_agrees_with_a_plain_loop(tmp_path):
 
 def test_a_probe_gives_the_angle_of_a_step():
     recipe = make_recipe(SMALL | dict(norm='wn', lr=0.01), digits)
-    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
-    length = state.model.conv1.v.flatten(1).norm(dim=1).mean().item()
-    assert probe(state, readable(state))['angular_lr'][0] == pytest.approx(state.optimizer.param_groups[0]['lr']/length**2, rel=1e-3)
+    engine = start_training(make_model(recipe, 10), recipe, make_views(recipe, digits), None).engine
+    norm = engine.model.conv1.v.flatten(1).norm(dim=1).mean().item()
+    assert probe(engine, readable_copy(engine))['angular_lr'][0] == pytest.approx(engine.optimizer.param_groups[0]['lr']/norm**2, rel=1e-3)
 
 def test_dropout_and_label_smoothing_reach_the_loss():
     recipe = make_recipe(SMALL | dict(norm='wn', recipe='modern', precision='fp32', dropout=0.), digits)
     x, y = torch.randn(4, 3, 16, 16), torch.arange(4)
-    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
-    loss, *_ = gradient(state, x, y)
-    with torch.no_grad(): logits = state.fast.train()(x)
+    engine = start_training(make_model(recipe, 10), recipe, make_views(recipe, digits), None).engine
+    loss, *_ = forward_backward(engine, 0, x, y)
+    with torch.no_grad(): logits = engine.fast.train()(x)
     assert recipe.label_smoothing == 0.1 and loss == pytest.approx(4*torch.nn.functional.cross_entropy(logits, y, label_smoothing=0.1).item(), rel=1e-5)
     dropping = make_model(make_recipe(SMALL | dict(norm='wn', dropout=0.5), digits), 10).train()
-    assert state.model(x).equal(state.model(x)) and not dropping(x).equal(dropping(x))
+    assert engine.model(x).equal(engine.model(x)) and not dropping(x).equal(dropping(x))
 
 def test_frozen_statistics_stay_and_are_trained_with(tmp_path):
     given = SMALL | dict(norm='bn', lr=0.01, freeze_statistics=0.4, dropout=0.)  # 2 of 5 steps of an epoch
     recipe = make_recipe(given, digits)
     views, model = make_views(recipe, digits), make_model(recipe, 10)
-    state = start(model, recipe, views, begin_run(recipe, digits, given, tmp_path))
-    statistics = lambda: torch.cat([t.clone() for name, t in state.fast.named_buffers() if 'running' in name])
+    training = start_training(model, recipe, views, begin_run(recipe, digits, given, tmp_path))
+    fast, progress = training.engine.fast, training.progress
+    statistics = lambda: torch.cat([t.clone() for name, t in fast.named_buffers() if 'running' in name])
     seen, losses = [statistics()], []
     for x, y, _ in loader(views.train, 0, 20, drop_last=True):
-        state.fast.eval()
-        with torch.no_grad(): losses.append(torch.nn.functional.cross_entropy(state.fast(x), y).item())
-        before = state.sums[0].item()
-        train_step(state, x, y)
+        fast.eval()
+        with torch.no_grad(): losses.append(torch.nn.functional.cross_entropy(fast(x), y).item())
+        before = progress.sums[0].item()
+        train_step(training, x, y)
         seen.append(statistics())
-        losses[-1] = (losses[-1], (state.sums[0].item()-before)/20)
+        losses[-1] = (losses[-1], (progress.sums[0].item()-before)/20)
     moved = [not a.equal(b) for a, b in zip(seen, seen[1:])]
     assert moved == [True, True, False, False, False]
     agree = [frozen == pytest.approx(trained, rel=1e-5) for frozen, trained in losses]
@@ -204,14 +209,14 @@ def test_mixup_is_timms(tmp_path):
     "The loss of mixed images is that of timm's soft labels"
     torch.manual_seed(0)
     x, y = torch.randn(6, 3, 4, 4), torch.tensor([0, 1, 2, 3, 4, 0])
-    mixed, targets = mix(x, y, 0.4)
+    mixed, targets = mixup(x, y, 0.4)
     share, layer = targets[0][0], torch.nn.Linear(48, 5)
     torch.testing.assert_close(mixed, share*x+(1-share)*x.flip(0))
     logits = layer(mixed.flatten(1))
     soft = mixup_target(y, 5, share, smoothing=0.1)
     ours = sum(part*torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1) for part, labels in targets)
     torch.testing.assert_close(ours, SoftTargetCrossEntropy()(logits, soft))
-    same, [(one, labels)] = mix(x, y, 0.)
+    same, [(one, labels)] = mixup(x, y, 0.)
     assert same is x and one == 1 and labels is y
 
 def test_the_images_that_are_evaluated_can_be_told():
@@ -220,30 +225,29 @@ def test_the_images_that_are_evaluated_can_be_told():
 
 def test_parts_of_a_batch_drop_other_units_and_a_step_done_again_the_same():
     recipe = make_recipe(SMALL | dict(norm='wn'), digits)
-    state = start(make_model(recipe, 10), recipe, make_views(recipe, digits), None)
-    def drawn(part):
-        seed_step(state, part)
+    engine = start_training(make_model(recipe, 10), recipe, make_views(recipe, digits), None).engine
+    def drawn(part, step=0):
+        seed_step(engine, step, part)
         return torch.rand(5)
     first, second = drawn(0), drawn(1)
     assert first.equal(drawn(0)) and not first.equal(second)
-    state.step += 1
-    assert not first.equal(drawn(0))
+    assert not first.equal(drawn(0, step=1))
 
 def test_steps_are_those_of_plain_sgd():
     "Two steps of the loop against a few lines of torch"
     recipe = make_recipe(SMALL | dict(norm='none', lr=0.1, dropout=0., grad_clip=0.5, weight_decay=0.01), digits)
     views = make_views(recipe, digits)
-    state, model = start(make_model(recipe, 10), recipe, views, None), make_model(recipe, 10).train()
+    training, model = start_training(make_model(recipe, 10), recipe, views, None), make_model(recipe, 10).train()
     momenta = [torch.zeros_like(p) for p in model.parameters()]
     for k, (x, y, _) in zip(range(2), loader(views.train, batch_size=20)):
-        train_step(state, x, y)
-        rate = 0.1*(1-k/10)**2
+        train_step(training, x, y)
+        lr = 0.1*(1-k/10)**2
         loss = torch.nn.functional.cross_entropy(model(x.contiguous(memory_format=torch.channels_last) if recipe.channels_last else x), y)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        length = torch.sqrt(sum(g.pow(2).sum() for g in gradients))
+        norm = torch.sqrt(sum(g.pow(2).sum() for g in gradients))
         with torch.no_grad():
-            for p, g, m in zip(model.parameters(), gradients, momenta, strict=True): p -= rate*m.mul_(0.9).add_(g*min(1, 0.5/length) + 0.01*p)
-        for p, trained in zip(model.parameters(), state.fast.parameters(), strict=True): torch.testing.assert_close(trained, p, rtol=1e-4, atol=1e-6)
+            for p, g, m in zip(model.parameters(), gradients, momenta, strict=True): p -= lr*m.mul_(0.9).add_(g*min(1, 0.5/norm) + 0.01*p)
+        for p, trained in zip(model.parameters(), training.engine.fast.parameters(), strict=True): torch.testing.assert_close(trained, p, rtol=1e-4, atol=1e-6)
 
 @pytest.mark.parametrize('recipe, eps', [('paper', 1e-4), ('modern', 1e-5)])
 def test_the_floor_of_the_variance_is_that_of_the_recipe(recipe, eps):
@@ -284,15 +288,15 @@ def test_what_broke_is_the_first_error_of_a_process():
 [rank1]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB
 torch.distributed.elastic.multiprocessing.errors.ChildFailedError:
 nwrepro.training.loop FAILED"""
-    assert what_broke(log) == 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB'
-    assert what_broke('torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nmain FAILED') is None
+    assert first_error(log) == 'torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB'
+    assert first_error('torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\nmain FAILED') is None
 
 def test_a_loader_that_dies_while_the_last_step_is_saved_is_an_interruption(tmp_path, monkeypatch):
     given = SMALL | dict(norm='wn', precision='fp32')
     recipe = make_recipe(given, digits)
     run = begin_run(recipe, digits, given, tmp_path)
-    def die(state): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
-    monkeypatch.setattr('nwrepro.training.loop.checkpoint', die)
+    def die(training): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
+    monkeypatch.setattr('nwrepro.training.loop.save_checkpoint', die)
     with pytest.raises(Interrupted, match='cut it short'):
         fit(make_model(recipe, 10), make_views(recipe, digits), recipe, run, show=lambda line: os.kill(os.getpid(), signal.SIGTERM))
     assert run.status == 'interrupted'

@@ -10,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from nwrepro.methods.layers import WNConv2d, WNLinear
-from nwrepro.training.probes import Watch, divergence, filter_coherence, first_nonfinite, grad_length, layer_outputs, layers, weight_lengths
+from nwrepro.training.monitor import DivergenceMonitor, divergence_reason, first_nonfinite, grad_norm
+from nwrepro.training.probes import filter_coherence, layer_outputs, probed_layers, weight_norms
 from conftest import FIVE
 from nwrepro.methods.schemes import convert
 
@@ -58,7 +59,7 @@ def test_every_scheme_has_the_same_rows(norm):
     outputs = layer_outputs(model, images())
     assert outputs['layer'] == stock['layer'] and len(outputs['layer']) == 20+8+1
     assert all(math.isfinite(value) for key in ('rms', 'l2', 'mean') for value in outputs[key])
-    assert weight_lengths(model)['layer'] == filter_coherence(model)['layer'] == [name for name in layers(model) if name.count('.') != 1]
+    assert weight_norms(model)['layer'] == filter_coherence(model)['layer'] == [name for name in probed_layers(model) if name.count('.') != 1]
 
 
 @pytest.mark.parametrize('probe', [layer_outputs, first_nonfinite])
@@ -120,7 +121,7 @@ def test_weight_lengths_against_numpy():
     with torch.no_grad():
         net['wn'].g.copy_(torch.tensor([1., -1., 2., -2., 0.]))
         net['strict'].v.mul_(3)
-    lengths = {name: value for name, *value in zip(*weight_lengths(net).values(), strict=True)}
+    lengths = {name: value for name, *value in zip(*weight_norms(net).values(), strict=True)}
     def mean_length(p): return numpy.linalg.norm(p.detach().numpy().reshape(len(p), -1), axis=1).mean()
     assert lengths['wn'] == [pytest.approx(mean_length(net['wn'].v), rel=1e-4), pytest.approx(1.2)]
     assert lengths['strict'] == [pytest.approx(mean_length(net['strict'].v), rel=1e-4), 1.]
@@ -148,9 +149,9 @@ def test_coherence_of_odd_layers():
 
 def test_grad_length():
     net = nn.ModuleList([nn.Linear(3, 2), nn.Linear(5, 5)]).double()
-    assert grad_length(net.parameters()) == 0
+    assert grad_norm(net.parameters()) == 0
     net[0](torch.ones(1, 3).double()).sum().backward()
-    assert grad_length(net.parameters()).item() == pytest.approx(math.sqrt(8))
+    assert grad_norm(net.parameters()).item() == pytest.approx(math.sqrt(8))
     assert nn.utils.clip_grad_norm_(net.parameters(), 1.).item() == pytest.approx(math.sqrt(8))
 
 @pytest.mark.parametrize('layout', (torch.channels_last, torch.contiguous_format), ids=str)
@@ -158,9 +159,9 @@ def test_grad_length_is_that_of_torch_in_every_memory_format(layout):
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4*36, 2)).to(memory_format=layout)
     net(images(2, size=8).contiguous(memory_format=layout)).square().sum().backward()
     grads = [p.grad for p in net.parameters()]
-    assert grad_length(net.parameters()).item() == pytest.approx(torch.nn.utils.get_total_norm(grads).item(), rel=1e-6)
+    assert grad_norm(net.parameters()).item() == pytest.approx(torch.nn.utils.get_total_norm(grads).item(), rel=1e-6)
     for p, strange in zip(net.parameters(), (torch.ones(1, 3, 3, 3).expand(8, 3, 3, 3), torch.arange(16.)[::2]), strict=False): p.grad = strange  # with gaps, or one number for many
-    assert grad_length(net.parameters()).item() == pytest.approx(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item(), rel=1e-6)
+    assert grad_norm(net.parameters()).item() == pytest.approx(torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item(), rel=1e-6)
 
 
 def verdict_by_the_book(losses, lengths, classes, patience):
@@ -181,13 +182,13 @@ breaks = st.lists(st.tuples(loss_values, st.one_of(st.floats(0, 10), st.sampled_
 @given(courses, breaks, st.sampled_from([2, 10, 1000]), st.integers(1, 8), st.integers(0, 60))
 def test_watch_against_the_book_and_cut_anywhere(course, end, classes, patience, cut):
     losses, lengths = zip(*(course+end), strict=True)
-    watch, reasons = Watch(classes, patience), []
+    watch, reasons = DivergenceMonitor(classes, patience), []
     for t, (loss, length) in enumerate(zip(losses, lengths, strict=True)):
         if t == cut:
             saved = io.BytesIO()
             torch.save(watch.state_dict(), saved)
             saved.seek(0)
-            watch = Watch(classes, patience)
+            watch = DivergenceMonitor(classes, patience)
             watch.load_state_dict(torch.load(saved, weights_only=True))
         reasons.append(watch.step(loss, length))
     verdict, step = verdict_by_the_book(losses, lengths, classes, patience)
@@ -200,7 +201,7 @@ def test_watch_against_the_book_and_cut_anywhere(course, end, classes, patience,
 
 
 def test_watch_is_bounded_and_takes_tensors():
-    watch = Watch(10)
+    watch = DivergenceMonitor(10)
     for step in range(250): assert watch.step(torch.tensor(1., requires_grad=True)*1, torch.tensor(float(step))) is None
     assert watch.history == [float(step) for step in range(150, 250)] and len(watch.losses) == 50
     assert json.loads(json.dumps(watch.state_dict()))['last_finite_loss'] == 1.
@@ -210,14 +211,14 @@ def test_watch_is_bounded_and_takes_tensors():
 def test_label_smoothing_leaves_chance_where_it_is():
     logits, y = torch.zeros(8, 10), torch.arange(8)
     assert F.cross_entropy(logits, y, label_smoothing=0.1).item() == pytest.approx(math.log(10))
-    watch = Watch(10)
+    watch = DivergenceMonitor(10)
     for _ in range(60): watch.step(F.cross_entropy(logits, y, label_smoothing=0.1), 0.)
     assert watch.verdict() == 'stuck'
 
 
 def test_a_first_loss_that_is_not_finite_is_a_divergence():
-    assert Watch(10).step(math.nan, 1.) == 'loss is nan' and Watch(10).step(math.inf, 1.) == 'loss is inf'
-    assert divergence([1e9], 1., 4.6, patience=1) == 'loss above 4.6 for 1 steps'
+    assert DivergenceMonitor(10).step(math.nan, 1.) == 'loss is nan' and DivergenceMonitor(10).step(math.inf, 1.) == 'loss is inf'
+    assert divergence_reason([1e9], 1., 4.6, patience=1) == 'loss above 4.6 for 1 steps'
 
 
 convolutions = [name for name, m in resnet().named_modules() if isinstance(m, nn.Conv2d)]
