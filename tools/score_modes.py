@@ -8,7 +8,8 @@ import torch
 from nwrepro.training.pipeline import Views, loader
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import make_recipe
-from nwrepro.training.runs import Record, machine
+from nwrepro.training.runs import Record
+from nwrepro.training.provenance import machine
 from nwrepro.training.build import make_views
 from nwrepro.training.lifecycle import trained
 

@@ -25,7 +25,9 @@ from ..common import project_root
 from ..training.loop import is_eval_epoch
 from ..training.recipe import DEFAULTS, check_parameters, make_recipe, parse_value
 from ..training.records import load_runs
-from ..training.runs import RESULTS, Record, code_hash, machine, read_metrics, run_name, write_atomic
+from ..training.runs import RESULTS, Record, read_metrics, run_name
+from ..training.provenance import code_hash, machine
+from ..training.files import write_atomic
 
 # %% ../../nbs/experiments/grid.ipynb #5301f3d8
 def expand_grid(

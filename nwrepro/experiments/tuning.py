@@ -22,7 +22,8 @@ from .grid import Point, expand_grid, make_points
 from ..common import choose, project_root
 from ..training.build import make_schedule, warmup_steps
 from ..training.recipe import RULES, TUNED_BY, ParameterTable, Recipe, flag, notebook_parameters, number, parse_value, text, tuned_table, validate, whole
-from ..training.runs import Record, write_atomic
+from ..training.runs import Record
+from ..training.files import write_atomic
 
 # %% ../../nbs/experiments/tuning.ipynb #f0d5d9fc
 LR_FACTORS = (1/4, 1/2, 1, 2, 4)    # of the learning rate in the middle

@@ -24,7 +24,8 @@ from ..common import project_root
 from .claim_figures import claim_picture, figure_function
 from .figures import RunCache, format_values, save_figure
 from .lr_figures import accuracy_by_init, final_runs, learning_rates, tuning_runs
-from ..training.runs import Record, write_atomic
+from ..training.runs import Record
+from ..training.files import write_atomic
 
 # %% ../../nbs/results/page.ipynb #8fe58159
 ANALOGUE = dict(supported='agrees in direction', contradicted='disagrees in direction')

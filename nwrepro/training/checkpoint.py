@@ -14,7 +14,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
-from .runs import Record, read_json, read_metrics, write_atomic
+from .runs import Record, read_json, read_metrics
+from .files import write_atomic
 
 # %% ../../nbs/training/checkpoint.ipynb #6a8a8881
 LOCKS = {}  # path of a lock -> lock that this process has; one that nothing refers to would be given back

@@ -19,7 +19,8 @@ from .lifecycle import begin_run, load_result, recipe_of
 from .engine import fit_options
 from .loop import fit
 from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
-from .runs import RESULTS, Run, provenance
+from .runs import RESULTS, Run
+from .provenance import provenance
 from torch import nn
 
 # %% ../../nbs/training/command.ipynb #03f965fb

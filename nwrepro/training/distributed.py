@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import broadcast_object_list, gather, gather_object, reduce
 from torch import nn
-from .runs import Record, machine
+from .runs import Record
+from .provenance import machine
 from ..methods.schemes import takes_batch_statistics
 
 # %% ../../nbs/training/distributed.ipynb #7d87b811

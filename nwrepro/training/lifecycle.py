@@ -24,7 +24,9 @@ from .data import Source
 from ..common import shown
 from .distributed import micro_batch_size
 from .recipe import DEFAULTS, RECIPES, RULES, Recipe, check_parameters, scheme_facts
-from .runs import NEWER, RESULTS, Record, Run, code_hash, provenance, run_name, write_atomic
+from .runs import NEWER, RESULTS, Record, Run, run_name
+from .provenance import code_hash, provenance
+from .files import write_atomic
 
 # %% ../../nbs/training/lifecycle.ipynb #a2d534b1
 def run_config(

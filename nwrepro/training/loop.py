@@ -29,7 +29,8 @@ from .lifecycle import load_result, resume_command
 from .monitor import first_nonfinite, first_nonfinite_gradient, grad_norm
 from .probes import rounded
 from .recipe import Recipe
-from .runs import RESULTS, Run, read_metrics, write_atomic
+from .runs import RESULTS, Run, read_metrics
+from .files import write_atomic
 
 # %% ../../nbs/training/loop.ipynb #8dd151c4
 def seed_step(

@@ -14,7 +14,8 @@ from nwrepro.results.histories import RunHistory, early, epochs_to, first_block_
 from nwrepro.training.probes import probed_layers
 from nwrepro.training.recipe import RECIPES, Recipe
 from nwrepro.training.records import load_runs
-from nwrepro.training.runs import Run, to_json
+from nwrepro.training.runs import Run
+from nwrepro.training.files import to_json
 from nwrepro.results.stability import limits_of
 from nwrepro.results.statistics import Estimate, mean_interval, smallest_margin, welch
 from nwrepro.experiments.tuning import largest_lr

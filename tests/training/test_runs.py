@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-import nwrepro.training.runs
+import nwrepro.training.files, nwrepro.training.provenance
 from nwrepro.training.records import load_runs
-from nwrepro.training.runs import (Record, Run, canonical, code_hash, determinism, git_state, imported_files, move_aside, plain, provenance, read_json,
-                          read_metrics, restored, run_name, to_json, write_atomic)
+from nwrepro.training.files import plain, restored, to_json, write_atomic
+from nwrepro.training.provenance import code_hash, determinism, git_state, imported_files, provenance
+from nwrepro.training.runs import Record, Run, canonical, move_aside, read_json, read_metrics, run_name
 
 CONFIG = dict(norm='wn', data='digits', arch='resnet50', seed=0, lr=0.05, epochs=8)
 ORIGIN = dict(code='0123', date='then')
@@ -90,7 +91,7 @@ def test_no_file_is_no_record(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, call):
     write_atomic(tmp_path/'a.json', 'old')
     def full(*args): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(nwrepro.training.runs.os, call, full)
+    monkeypatch.setattr(nwrepro.training.files.os, call, full)
     with pytest.raises(OSError, match='No space left'): write_atomic(tmp_path/'a.json', 'new')
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('a.json', 'old')]
 
@@ -332,8 +333,8 @@ def test_provenance_is_complete_and_plain(tmp_path, monkeypatch):
     assert found['versions']['python'] == '.'.join(map(str, sys.version_info[:3])) and found['versions']['numpy'] == numpy.__version__
     assert found['date'].endswith('+00:00') and found['git'] == dict(revision=None, dirty=None)
     assert found['machine']['cores'] <= os.cpu_count() and isinstance(found['machine']['gpus'], list)
-    monkeypatch.setattr(nwrepro.training.runs.metadata, 'version', lambda package: (_ for _ in ()).throw(nwrepro.training.runs.metadata.PackageNotFoundError(package)))
-    assert nwrepro.training.runs.versions()['timm'] is None
+    monkeypatch.setattr(nwrepro.training.provenance.metadata, 'version', lambda package: (_ for _ in ()).throw(nwrepro.training.provenance.metadata.PackageNotFoundError(package)))
+    assert nwrepro.training.provenance.versions()['timm'] is None
 
 
 def test_determinism_follows_the_switches():
