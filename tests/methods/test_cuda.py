@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nwrepro.methods.fast import fast_form
 from nwrepro.methods.schemes import convert
 from test_fast import optimizer_of
-from test_resume import PER_EPOCH, STEPS, Project, wait_for
+from test_checkpoint import PER_EPOCH, STEPS, Project, wait_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
 

@@ -121,7 +121,7 @@ def folder_of(root, colour):
     for split in ('train', 'val'):
         for k, label in enumerate(('a', 'b')):
             (root/split/label).mkdir(parents=True)
-            for i in range(12): Image.new('RGB', (16+colour, 16), (colour+i, 90*k, 20)).save(root/split/label/f'{i}.png')
+            for i in range(12): Image.new('RGB', (16+colour, 16), (colour+i, 90*k, len(split))).save(root/split/label/f'{i}.png')
     return root
 
 def test_two_folders_of_images_are_two_runs(tmp_path):

@@ -14,7 +14,8 @@ from nwrepro.methods.layers import GhostBatchNorm2d, filter_norms
 from nwrepro.methods.networks import scale_channels, stock_network
 from nwrepro.training.distributed import micro_batch_size, running_stats_share, running_stats, layers_with_running_stats
 from nwrepro.training.recipe import RECIPES, make_recipe, scheme_facts, tuned_lr, tuned_table
-from nwrepro.training.runs import Record, run_name
+from nwrepro.training.records import records
+from nwrepro.training.runs import run_name
 from nwrepro.methods.deploy import fold, to_timm
 from nwrepro.methods.schemes import Scheme, convert, parameter_roles, uses_batch_statistics
 from nwrepro.training.command import main
@@ -107,10 +108,10 @@ def test_the_shallow_network_sees_crops_of_28_pixels():
 
 # names of records, and what a tuned learning rate holds for
 
-def records(): return [Record(p.parent.name, p.parent.parent) for p in sorted((ROOT/'reports').glob('*/**/config.json'))]
+def committed(): return [record for folder in sorted((ROOT/'reports').iterdir()) if folder.is_dir() and folder.name != 'runs' for record in records(folder)]
 
 def test_records_of_before_keep_their_names():
-    found = records()
+    found = committed()
     known = {field for field in vars(make_recipe({}, digits))}
     assert len(found) > 400
     for record in found:
@@ -136,7 +137,7 @@ def test_a_tuned_learning_rate_holds_for_stem_width_decay_precision_and_length(t
     assert rate(stem='cifar', width=0.5, weight_decay=0, precision='bf16') == 0.07
 
 def test_the_committed_learning_rates_hold_for_what_their_runs_were():
-    configs = {record.name: record.config for record in records()}
+    configs = {record.name: record.config for record in committed()}
     rows = list(csv.DictReader((ROOT/'reports/tuned_lr.csv').open()))
     for row in rows:
         for run in row['runs'].split():

@@ -96,7 +96,7 @@ def no_val(folder):
     return 'holds train only'
 def no_images(folder):
     for split in ('train', 'val'): (folder/split/'a').mkdir(parents=True)
-    return 'holds no .jpg'
+    return r'holds no image \(.jpg'
 def other_classes(folder):
     photographs(folder)
     (folder/'val/b').rename(folder/'val/c')

@@ -202,10 +202,11 @@ def test_a_flag_starts_processes_and_the_stop_button_reaches_them_once(project):
 
 EVALUATION = """
 import os, signal
-from nwrepro.training import build, data, engine, evaluation
+from nwrepro.training import build, engine, evaluation
 from nwrepro.training.checkpoint import Interrupted, StopSignal
 from nwrepro.training.recipe import make_recipe
-digits = data.load_source('digits')
+from nwrepro.training.sources import load_source
+digits = load_source('digits')
 recipe = make_recipe(dict(norm='wn', arch='resnet18', image_size=16, batch_size=110), digits)  # 3 batches of 110 and one of 30, of which the second process has none
 trained = engine.start_training(build.make_model(recipe, 10), recipe, build.make_views(recipe, digits), None).engine
 network, rank, views = engine.readable_copy(trained), trained.dist.process_index, trained.views.val
