@@ -27,6 +27,9 @@ PILOT = [COMMON | dict(eval_every=5) | one for one in (
     dict(norm='wn', lr=0.1, weight_decay=2e-3, epochs=20, holdout=0.1),
     SUBSET | dict(norm='wn', lr=0.1, weight_decay=3.3e-3),
     SUBSET | dict(norm='wn', lr=0.1, weight_decay=1.5e-3),
+    SUBSET | dict(norm='wn', lr=0.4, weight_decay=8e-4),
+    dict(norm='wn', lr=0.4, weight_decay=8e-4, epochs=30, holdout=0.1),
+    dict(norm='bn', lr=0.4, weight_decay=8e-4, epochs=30, holdout=0.1),
 )]
 
 # -- what all later parts share; None until the pilot has ended
