@@ -167,7 +167,7 @@ def test_a_torn_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, whol
     newest, before = checkpoint_files(project.record)[::-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
     code, out = project.run('-c', KEEPING, norm='wn')
-    assert code == 0 and f'checkpoint {newest.name} is torn' in out
+    assert code == 0 and f'checkpoint {newest.name} is corrupt and was renamed to *.torn' in out
     resume, = [line for line in project.lines() if line['event'] == 'resume']
     assert resume['torn'] == [newest.name] and before.name.startswith(f'step-{resume["step"]:09d}') and 0 < resume['step']
     assert_cut_ends_like(project, whole)
