@@ -17,7 +17,7 @@ from nwrepro.training.lifecycle import begin_run, recipe_of, trained
 from nwrepro.training.build import make_model, make_views
 
 HEAD = 'from torch import nn\nfrom nwrepro import SCHEMES, Scheme\n'
-MINE = HEAD+"SCHEMES['mine'] = Scheme(norm=lambda bn: nn.GroupNorm({groups}, bn.num_features))\n"
+MINE = HEAD+"SCHEMES['ours'] = Scheme(norm=lambda bn: nn.GroupNorm({groups}, bn.num_features))\n"
 digits = load_source('digits')
 
 @pytest.fixture(autouse=True)
@@ -32,10 +32,10 @@ def file(tmp_path):
         return str(tmp_path/name)
     return write
 
-def recipe(**given): return make_recipe(dict(arch='resnet18', image_size=16, lr=0.01, batch_size=20, bn_batch=10, train_images=100, epochs=1, warmup_epochs=0, max_steps=2, norm='mine') | given, digits)
+def recipe(**given): return make_recipe(dict(arch='resnet18', image_size=16, lr=0.01, batch_size=20, bn_batch=10, train_images=100, epochs=1, warmup_epochs=0, max_steps=2, norm='ours') | given, digits)
 
 def run_it(folder, show=lambda line: None, **given):
-    values = dict(arch='resnet18', image_size=16, lr=0.01, batch_size=20, bn_batch=10, train_images=100, epochs=1, warmup_epochs=0, max_steps=2, norm='mine') | given
+    values = dict(arch='resnet18', image_size=16, lr=0.01, batch_size=20, bn_batch=10, train_images=100, epochs=1, warmup_epochs=0, max_steps=2, norm='ours') | given
     r = make_recipe(values, digits)
     run = begin_run(r, digits, values, folder)
     return fit(make_model(r, 10), make_views(r, digits), r, run, show=show), run
@@ -45,13 +45,13 @@ def name(**given): return run_name(asdict(recipe(**given)))
 # what a file may answer
 
 @pytest.mark.parametrize('text, sentence', [
-    (HEAD+'SCHEMES["mine"] = Scheme(', r"my_schemes.py, line 3: '\(' was never closed"),
-    (HEAD+'\n\nSCHEMES["mine"] = Scheme(norms=1)', r'my_schemes.py, line 5: TypeError: .*norms'),
+    (HEAD+'SCHEMES["ours"] = Scheme(', r"my_schemes.py, line 3: '\(' was never closed"),
+    (HEAD+'\n\nSCHEMES["ours"] = Scheme(norms=1)', r'my_schemes.py, line 5: TypeError: .*norms'),
     ('import nothing_of_the_kind', r"my_schemes.py, line 1: ModuleNotFoundError: No module named 'nothing_of_the_kind'"),
     (HEAD, r'my_schemes.py adds no scheme: put one into the table'),
     (HEAD+'SCHEMES["bn"] = Scheme()', r"my_schemes.py defines scheme 'bn', a name that is taken: give it another"),
-    (MINE.format(groups=7), r"scheme 'mine' cannot take an image: ValueError: num_channels .*must be divisible by num_groups"),
-    (HEAD+'SCHEMES["mine"] = Scheme(act=lambda channels: nn.Linear(3, 3))', r"scheme 'mine' cannot take an image: RuntimeError"),
+    (MINE.format(groups=7), r"scheme 'ours' cannot take an image: ValueError: num_channels .*must be divisible by num_groups"),
+    (HEAD+'SCHEMES["ours"] = Scheme(act=lambda channels: nn.Linear(3, 3))', r"scheme 'ours' cannot take an image: RuntimeError"),
 ])
 def test_a_file_that_cannot_be_used_is_one_sentence_and_changes_nothing(text, sentence, file):
     before = dict(SCHEMES)
@@ -63,10 +63,10 @@ def test_a_file_that_is_not_there_is_named(schemes):
     with pytest.raises(ValueError, match=f'schemes = {schemes} is not accepted: .* expected paths of .py files, joined by commas'): check_parameters(dict(schemes=schemes, norm='bn'))
 
 def test_several_files_and_a_name_in_two_of_them(file):
-    one, two = file(MINE.format(groups=8)), file(MINE.format(groups=4).replace('mine', 'other'), 'two.py')
-    assert load_schemes(f'{one}, {two}') == ['mine', 'other'] == load_schemes(f'{one},{two}')
-    with pytest.raises(ValueError, match="three.py defines scheme 'mine', a name that is taken"): load_schemes(f"{one},{file(MINE.format(groups=2), 'three.py')}")
-    assert SCHEMES['mine'].file == one
+    one, two = file(MINE.format(groups=8)), file(MINE.format(groups=4).replace('ours', 'other'), 'two.py')
+    assert load_schemes(f'{one}, {two}') == ['ours', 'other'] == load_schemes(f'{one},{two}')
+    with pytest.raises(ValueError, match="three.py defines scheme 'ours', a name that is taken"): load_schemes(f"{one},{file(MINE.format(groups=2), 'three.py')}")
+    assert SCHEMES['ours'].file == one
 
 def test_loading_draws_no_random_numbers(file):
     torch.manual_seed(0)
@@ -91,17 +91,17 @@ def test_an_edited_scheme_is_another_run(file, tmp_path):
     second, edited = run_it(runs, schemes=path)
     assert edited.name != run.name and len(load_runs(runs)) == 2
     for r, groups in ((run, 8), (edited, 4)): assert trained(r).bn1.num_groups == groups
-    assert SCHEMES['mine'].source == MINE.format(groups=4)
+    assert SCHEMES['ours'].source == MINE.format(groups=4)
 
 def test_a_comment_in_the_file_is_another_run_and_another_path_is_not(file):
     path = file(MINE.format(groups=8))
     first = name(schemes=path)
-    SCHEMES.pop('mine')
+    SCHEMES.pop('ours')
     assert name(schemes=file(MINE.format(groups=8), 'renamed.py')) == first
-    SCHEMES.pop('mine')
+    SCHEMES.pop('ours')
     assert name(schemes=file(MINE.format(groups=8)+'# edited')) != first
 
-@pytest.mark.parametrize('norm', ('mine', 'wn'))
+@pytest.mark.parametrize('norm', ('ours', 'wn'))
 def test_a_scheme_that_was_typed_is_refused_before_anything_is_trained(norm, tmp_path):
     SCHEMES[norm] = Scheme(norm=lambda bn: nn.GroupNorm(8, bn.num_features))
     assert convert(timm.create_model('resnet18'), norm).bn1.num_groups == 8
@@ -142,36 +142,36 @@ def test_records_of_before_keep_their_names():
 
 def test_the_same_shards_as_folders_have_the_same_defaults(monkeypatch):
     from nwrepro.training.data import CIFAR10, IMAGENETTE, Images, Source
-    stored = {classes[0]: Source('wds/mine', classes, *(Images(None, list(range(10))*30, split) for split in ('train', 'val')), fingerprint='0'*64) for classes in (CIFAR10, IMAGENETTE, list('abcdefghij'))}
+    stored = {classes[0]: Source('wds/ours', classes, *(Images(None, list(range(10))*30, split) for split in ('train', 'val')), fingerprint='0'*64) for classes in (CIFAR10, IMAGENETTE, list('abcdefghij'))}
     made = {k: make_recipe(dict(norm='wn', lr=0.1), source) for k, source in stored.items()}
     assert (made['airplane'].data, made['airplane'].image_size, made['airplane'].batch_size) == ('cifar10-jpeg', 32, 128)
-    assert (made['n01440764'].data, made['n01440764'].image_size) == ('imagenette', 64) and made['a'].data == 'wds/mine'
+    assert (made['n01440764'].data, made['n01440764'].image_size) == ('imagenette', 64) and made['a'].data == 'wds/ours'
     assert all(r.images == '0'*16 for r in made.values())
 
 def test_no_learning_rate_is_made_up(file):
-    with pytest.raises(ValueError, match="norm 'mine' has no default learning rate on digits: give lr, a number, or tuned"): recipe(schemes=file(MINE.format(groups=8)), lr='none')
+    with pytest.raises(ValueError, match="norm 'ours' has no default learning rate on digits: give lr, a number, or tuned"): recipe(schemes=file(MINE.format(groups=8)), lr='none')
 
 # as people use it
 
 @pytest.mark.slow
 def test_a_sweep_in_two_jobs_trains_an_edited_scheme_anew_and_keeps_the_rest(project):
     (project/'my_schemes.py').write_text(MINE.format(groups=8))
-    grid = '{schemes: my_schemes.py, norm: [bn, mine], seed: [0, 1], arch: resnet18, lr: 0.05, epochs: 1, image_size: 16, max_steps: 2}'
+    grid = '{schemes: my_schemes.py, norm: [bn, ours], seed: [0, 1], arch: resnet18, lr: 0.05, epochs: 1, image_size: 16, max_steps: 2}'
     def sweep():
-        done = run_in(project, 'papermill', 'nbs/sweep.ipynb', 'reports/mine.ipynb', '-y', grid, '-p', 'jobs', '2')
+        done = run_in(project, 'papermill', 'nbs/sweep.ipynb', 'reports/ours.ipynb', '-y', grid, '-p', 'jobs', '2')
         assert done.returncode == 0, done.stderr
         return load_runs(project/'reports'/'runs')
     first = sweep()
-    assert sorted(first.norm) == ['bn', 'bn', 'mine', 'mine'] and (first.status == 'finished').all()
+    assert sorted(first.norm) == ['bn', 'bn', 'ours', 'ours'] and (first.status == 'finished').all()
     (project/'my_schemes.py').write_text(MINE.format(groups=4))
     second = sweep()
     assert set(first.run) < set(second.run) and (second.norm == 'bn').sum() == 2
-    assert sorted(second.groupby('norm').size()) == [2, 2, 2] and second.norm.str.match(r'bn|mine \([0-9a-f]{6}\)').all()
+    assert sorted(second.groupby('norm').size()) == [2, 2, 2] and second.norm.str.match(r'bn|ours \([0-9a-f]{6}\)').all()
 
 @pytest.mark.slow
 def test_a_scheme_of_ones_own_in_two_processes(project):
     (project/'my_schemes.py').write_text(MINE.format(groups=8))
-    done = run_in(project, 'python', '-m', 'nwrepro.training', '--schemes', 'my_schemes.py', '--norm', 'mine', '--lr', '0.05', '--processes', '2', '--arch', 'resnet18', '--image_size', '16', '--epochs', '1', '--max_steps', '2')
+    done = run_in(project, 'python', '-m', 'nwrepro.training', '--schemes', 'my_schemes.py', '--norm', 'ours', '--lr', '0.05', '--processes', '2', '--arch', 'resnet18', '--image_size', '16', '--epochs', '1', '--max_steps', '2')
     assert done.returncode == 0, done.stderr+done.stdout
     run, = load_runs(project/'reports'/'runs').to_dict('records')
-    assert (run['norm'], run['status'], run['processes']) == ('mine', 'finished', 2)
+    assert (run['norm'], run['status'], run['processes']) == ('ours', 'finished', 2)
