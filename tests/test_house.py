@@ -1,5 +1,5 @@
 "The repository itself: generated files are fresh, it installs, and imports stay light"
-import ast, json, re, sys, zipfile
+import ast, importlib, json, re, sys, zipfile
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 from conftest import ROOT, git_files, run_in, snapshot
 
-ROOMS = ('common', 'methods', 'training', 'experiments', 'results', 'cost')  # in the order in which they may be imported
+ROOMS = ('common', 'methods', 'training', 'known', 'experiments', 'results', 'cost')  # in the order in which they may be imported
 PAGES = ('index', 'train', 'sweep', 'cost', 'report')  # what one runs or opens first: they export nothing
 NOTEBOOK_ONLY = ('nbdev', 'papermill', 'jupyter', 'jupyterlab', 'jupyter_client', 'jupyter_core', 'IPython', 'ipykernel', 'fastcore', 'execnb')
 
@@ -34,7 +34,7 @@ def changed(before, after): return sorted(k for k in before | after if before.ge
 
 # generated files
 
-def modules(): return [ROOT/n for n in git_files() if re.fullmatch(r'nwrepro/(\w+/)?(?!__init__|__main__|_modidx)\w+\.py', n) and n != 'nwrepro/known.py']
+def modules(): return [ROOT/n for n in git_files() if re.fullmatch(r'nwrepro/(\w+/)?(?!__init__|__main__|_modidx)\w+\.py', n)]
 
 def test_each_module_comes_from_a_notebook_that_exists():
     for module in modules():
@@ -47,7 +47,7 @@ def test_each_notebook_exports_the_module_of_its_name_and_place():
     for nb in notebooks():
         place = nb.relative_to(ROOT/'nbs').with_suffix('').parts if nb.is_relative_to(ROOT/'nbs') else ()
         assert exports(nb) in ([], ['.'.join(place)]), nb
-        if len(place) == 1: assert place[0] in (*PAGES, 'common'), nb
+        if len(place) == 1: assert place[0] in (*PAGES, 'common', 'known'), nb
 
 def imports_of(module):
     "Modules of the package that one imports, as parts of their path, wherever in the file"
@@ -68,7 +68,7 @@ def test_a_room_imports_only_from_those_before_it_and_nothing_imports_in_circles
 def test_index_of_symbols_names_no_stale_module():
     if not (ROOT/'nwrepro/_modidx.py').exists(): assert not exported(); return
     index = ast.literal_eval((ROOT/'nwrepro/_modidx.py').read_text().split('d = ', 1)[1])
-    assert sorted(index['syms']) == sorted(f'nwrepro.{m}' for m in [*exported(), 'known'])
+    assert sorted(index['syms']) == sorted(f'nwrepro.{m}' for m in exported())
 
 def test_export_changes_nothing(project):
     before = snapshot(project)
@@ -112,6 +112,13 @@ def test_links_to_a_heading_find_it():
     links = [(page, target, anchor) for page in pages for target, anchor in re.findall(r'\]\(([^)\s#:]*)#([^)\s]+)\)', text_of(page))]
     lost = [(page.name, target, anchor) for page, target, anchor in links if anchor not in anchors(page.parent/target if target else page)]
     assert len(links) > 5 and lost == []
+
+def test_what_prose_imports_and_names_is_there():
+    pages = [ROOT/name for name in git_files() if name.endswith(('.md', '.ipynb')) and name.split('/')[0] != 'reports' or name == 'reports/README.md']
+    imports = [(page.name, module, name.strip()) for page in pages for module, names in re.findall(r'from (nwrepro[\w.]*) import ([\w, ]+)', text_of(page)) for name in names.split(',')]
+    files = [(page.name, path) for page in pages for path in re.findall(r'\b(?:nbs|nwrepro|tools|tests)/[\w/]+\.(?:py|ipynb)\b', text_of(page))]
+    assert len(imports) > 5 and [found for found in imports if not hasattr(importlib.import_module(found[1]), found[2])] == []
+    assert len(files) > 20 and [found for found in files if not (ROOT/found[1]).exists()] == []
 
 def test_ci_runs_the_commands_of_the_readme_as_they_stand():
     readme, ci = (ROOT/'README.md').read_text(), (ROOT/'.ci/run').read_text()
@@ -166,7 +173,7 @@ def test_wheel_of_the_source_distribution(project, tmp_path):
     archive, = tmp_path.glob('*.tar.gz')
     ok(run_in(project, sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', str(tmp_path), str(archive)))
     wheel = zipfile.ZipFile(next(tmp_path.glob('*.whl')))
-    assert {f"nwrepro/{m.replace('.', '/')}.py" for m in ['__init__', 'known', 'training.__main__', *exported()]} <= set(wheel.namelist())
+    assert {f"nwrepro/{m.replace('.', '/')}.py" for m in ['__init__', 'training.__main__', *exported()]} <= set(wheel.namelist())
     assert 'nwrepro/results/page.html.jinja' in wheel.namelist()
     metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith('METADATA'))).decode()
     assert f"Version: {config()['version']}\n" in metadata

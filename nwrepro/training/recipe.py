@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'Rule', 'RULES', 'DEFAULTS', 'RECIPES', 'SETTINGS', 'TUNED_BY', 'Facts', 'text', 'flag', 'whole', 'number',
-           'ParameterTable', 'Parameters', 'validate', 'parse_value', 'Checked', 'check_parameters',
-           'notebook_parameters', 'Recipe', 'tuned_table', 'tuned_epochs', 'tuned_lr', 'scheme_facts',
-           'network_defaults', 'make_recipe', 'check_sizes']
+           'ParameterTable', 'NetworkParameters', 'TrainingParameters', 'Parameters', 'validate', 'parse_value',
+           'Checked', 'check_parameters', 'notebook_parameters', 'Recipe', 'tuned_table', 'tuned_epochs', 'tuned_lr',
+           'scheme_facts', 'network_defaults', 'make_recipe', 'check_sizes']
 
 # %% ../../nbs/training/recipe.ipynb #44b189b8
 import csv, shlex
@@ -52,8 +52,8 @@ class ParameterTable(BaseModel):
         return str(value) if kind is str else value
 
 # %% ../../nbs/training/recipe.ipynb #d6775bea
-class Parameters(ParameterTable):
-    "Parameters of a run"
+class NetworkParameters(ParameterTable):
+    "What is trained: scheme, images, network, and the table of defaults"
     norm:str = text(
         'normalization scheme: bn, none, wn, np, trelu, a later one (gn, gn_ws, wn_mbn, skipinit, nf, dyt) or your own in schemes', 'bn')
     schemes:str|None = text('Python files with schemes of your own, joined by commas', none='none')
@@ -72,6 +72,10 @@ class Parameters(ParameterTable):
         "which convolution of a bottleneck has the stride: v1 (first 1x1, the period's) or v1.5 (3x3)", none='recipe')
     zero_init:bool|None = flag('True = zero-init residual branches, where the join is a sum', none='recipe')
     recipe:str = text('table of defaults: paper or modern', 'paper')
+
+# %% ../../nbs/training/recipe.ipynb #b735373f
+class TrainingParameters(NetworkParameters):
+    "What is trained, and how"
     epochs:int|None = whole('passes over the training images', 1, none='table of the data')
     max_steps:int|None = whole('stop after so many steps', 1, none='never')
     batch_size:int|None = whole('images per step', 1, none='table of the data')
@@ -92,6 +96,10 @@ class Parameters(ParameterTable):
     compile:Literal['off', 'kernels', 'network']|None = text(
         'what is compiled: kernels (activations and optimizer of WN schemes), network (all) or off', none='table of the data, else kernels')
     seed:int = whole('seed of weights, data order, augmentation and dropout', 0, 0)
+
+# %% ../../nbs/training/recipe.ipynb #3e3ec08f
+class Parameters(TrainingParameters):
+    "All parameters of a run"
     processes:int = whole('processes that share each batch, on this machine', 1, 1)
     micro_batch:int|None = whole('images per forward pass and process', 1, none='all it has of a batch')
     workers:int = whole('processes that load images (0 = this one)', 0, 0)

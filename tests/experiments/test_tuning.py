@@ -1,7 +1,6 @@
 "Searches for a learning rate: their rounds, what they write, and what a sweep refuses before anything runs"
-import ast, csv, math, shutil, time
+import ast, csv, math, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 
 import nbformat, pytest
 
@@ -10,28 +9,11 @@ from nwrepro.experiments import grid, tuning
 from nwrepro.experiments.grid import expand_grid, is_done, progress_table, make_points, raise_failed, sweep
 from nwrepro.experiments.tuning import LR_FACTORS, GRIDS, PROBE_STEPS, lr_ladder, learns, lr_setting, largest_lr_table, sweep_parameters, write_tuned
 from nwrepro.training.recipe import TUNED_BY, tuned_lr, tuned_table
-from nwrepro.training.runs import Record, Run
+from nwrepro.training.runs import Record
+from test_grid import SMALL, elsewhere, pretend
 
-SMALL = dict(data='digits', arch='resnet18', train_images=100, image_size=16, batch_size=20, bn_batch=10, epochs=2, warmup_epochs=0)
 OWN = dict(grid='points', jobs=1, cluster='local', hours=24., sbatch='none', dry_run=False)
 CELL = dict(SMALL, norm='bn', **OWN)
-
-@pytest.fixture
-def elsewhere(tmp_path, monkeypatch):
-    "A project of its own, with the notebook that trains"
-    (tmp_path/'settings.ini').touch()
-    (tmp_path/'nbs').mkdir()
-    for name in ('train.ipynb', 'sweep.ipynb'): shutil.copy(ROOT/'nbs'/name, tmp_path/'nbs')
-    (tmp_path/'reports').mkdir()
-    monkeypatch.chdir(tmp_path)
-    for name in ('IN_TEST', 'NWREPRO_DATA'): monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-def pretend(point, status='finished', **summary):
-    "A run that never was"
-    run = Run(point.record.name)
-    run.begin(asdict(point.recipe) | dict(source=dict(train=1437)), {})
-    run.finish(status, **summary)
 
 def preview(given, name='points'): return grid.preview(GRIDS[name](given))
 

@@ -5,7 +5,8 @@ from safetensors.torch import load, save
 from torch import nn
 from nwrepro.methods.layers import WNConv2d, weight_normalize
 from nwrepro.methods.deploy import fold, to_timm
-from nwrepro.methods.schemes import SCHEMES, Scheme, convert, no_norm, strict_weight_normalize
+from nwrepro.methods.schemes import convert, no_norm, strict_weight_normalize
+from test_schemes import mine
 
 def network(arch, norm, dtype=torch.float32, output_stride=32, **kwargs):
     "A converted network with every parameter and statistic moved off its initialization"
@@ -19,15 +20,6 @@ def network(arch, norm, dtype=torch.float32, output_stride=32, **kwargs):
 def error(a, b): return ((a-b).abs().max()/b.abs().max()).item()
 
 LIMITS = {torch.float64: 1e-9, torch.float32: 5e-5}
-
-@pytest.fixture
-def mine(monkeypatch):
-    "Convert a ResNet-18 to a scheme of one's own"
-    def make(arch='resnet18', zero_init=False, init=None, **slots):
-        monkeypatch.setitem(SCHEMES, 'mine', Scheme(**slots))
-        torch.manual_seed(0)
-        return convert(timm.create_model(arch, num_classes=10, **({'drop_path_rate': 0.5} if arch == 'resnet26' else {})), 'mine', init, torch.randn(4, 3, 32, 32), zero_init=zero_init)
-    return make
 
 @torch.no_grad()
 @pytest.mark.parametrize('dtype', LIMITS, ids=str)

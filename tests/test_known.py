@@ -5,7 +5,7 @@ import pytest, timm, torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from nwrepro.training import known
+from nwrepro import known
 from nwrepro.training.data import Images, Source
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import make_recipe
@@ -28,7 +28,7 @@ def test_the_command_gives_what_the_run_recorded(tmp_path, monkeypatch, capsys):
     torch.save(stock.state_dict(), 'model.pth')
     for file in ('model.safetensors', 'model.pth'):
         capsys.readouterr()
-        assert known.main(['--weights', file, '--arch', 'resnet18', '--data', 'digits', '--image_size', '16', '--pipeline', 'period']) == 0
+        assert known.score_weights(['--weights', file, '--arch', 'resnet18', '--data', 'digits', '--image_size', '16', '--pipeline', 'period']) == 0
         line = capsys.readouterr().out.splitlines()[-1]
         top1, top5, loss, images = (float(x) for x in re.fullmatch(r'top-1 (\S+) % .*top-5 (\S+) %, loss (\S+) over (\d+) images', line).groups())
         assert images == 360 and abs(top1-summary['top1']) < 0.3 and abs(top5-summary['top5']) < 0.3 and abs(loss-summary['val_loss']) < 2e-3 and top1 > 20
@@ -40,9 +40,9 @@ def test_weights_that_are_not_there_or_do_not_fit_are_one_sentence(tmp_path, mon
     (tmp_path/'torn.safetensors').write_bytes(b'torn')
     for weights, arch, sentence in (('gone.pth', 'resnet18', 'no file gone.pth'), ('ten.pth', 'resnet34', 'ten.pth does not fit resnet34 with 10 classes'), ('ten.pth', 'resnet5', 'ten.pth does not fit resnet5'),
                                     ('torn.safetensors', 'resnet18', 'torn.safetensors does not fit'), ('resnet50.nobody_in1k', 'resnet50', 'timm has no weights resnet50.nobody_in1k here')):
-        assert known.main(['--weights', weights, '--arch', arch, '--data', 'digits']) == 2
+        assert known.score_weights(['--weights', weights, '--arch', arch, '--data', 'digits']) == 2
         assert sentence in capsys.readouterr().out.splitlines()[-1]
-    assert known.main(['--weights', 'ten.pth', '--data', 'digts']) == 2 and "did you mean 'digits'" in capsys.readouterr().out
+    assert known.score_weights(['--weights', 'ten.pth', '--data', 'digts']) == 2 and "did you mean 'digits'" in capsys.readouterr().out
 
 def test_a_network_that_does_not_fit_the_images_is_refused(monkeypatch):
     with pytest.raises(ValueError, match='vit_tiny_patch16_224 takes images of 224 px alone'):
