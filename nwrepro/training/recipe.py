@@ -178,7 +178,8 @@ SETTINGS = dict(
     digits=dict(epochs=8, batch_size=32, image_size=32, channels_last=False, compile='off',
                 lr=dict(bn=0.005, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
     imagenette=dict(epochs=30, batch_size=64, image_size=64, lr=dict(bn=0.05, none=0.02, wn=0.05, np=0.01, trelu=0.1)),
-    cifar10=dict(epochs=30, batch_size=128, image_size=32, lr=dict(bn=0.1, none=0.02, wn=0.05, np=0.01, trelu=0.05)),
+    cifar10=dict(epochs=30, batch_size=128, image_size=32, lr=dict(bn=0.1, none=0.02, wn=0.05, np=0.01, trelu=0.05,
+                 gn=0.1, gn_ws=0.1, nf=0.1, skipinit=0.15, wn_mbn=0.005, dyt=0.3)),
     imagenet=dict(image_size=224, lr=dict(bn=0.2, none=0.04, wn=0.1, np=0.02, trelu=0.1)),
 )
 SETTINGS['cifar10-jpeg'] = SETTINGS['cifar10']

@@ -13,7 +13,7 @@ from nwrepro.methods.later import MeanOnlyBatchNorm2d, SCHEMES
 from nwrepro.methods.layers import GhostBatchNorm2d, filter_norms
 from nwrepro.methods.networks import scale_channels, stock_network
 from nwrepro.training.distributed import micro_batch_size, running_stats_share, running_stats, layers_with_running_stats
-from nwrepro.training.recipe import RECIPES, make_recipe, scheme_facts, tuned_lr, tuned_table
+from nwrepro.training.recipe import RECIPES, SETTINGS, make_recipe, scheme_facts, tuned_lr, tuned_table
 from nwrepro.training.records import records
 from nwrepro.training.runs import run_name
 from nwrepro.methods.deploy import fold, to_timm
@@ -142,6 +142,11 @@ def test_the_committed_learning_rates_hold_for_what_their_runs_were():
     for row in rows:
         for run in row['runs'].split():
             assert {k: str((dict(stem='imagenet', width=1.) | configs[run])[k]) for k in ('stem', 'width', 'weight_decay', 'precision', 'epochs')}.items() <= row.items()
+
+@pytest.mark.parametrize('norm', LATER)
+def test_default_learning_rates_of_later_methods_are_the_best_that_were_tried(norm):
+    tried = [(record.summary['top1'], record.config['lr']) for record in committed() if record.config['norm'] == norm and record.config['data'] == 'cifar10-jpeg']
+    assert tried and max(tried)[1] == SETTINGS['cifar10']['lr'][norm]
 
 # batch statistics, whatever the scheme is called
 
