@@ -16,7 +16,7 @@ import pandas
 from .variants import Variant, variants_of, candidates, complete, grouped, is_whole, matching, representative
 from .histories import read_histories
 from .statistics import MIN_RUNS, Estimate, contrast, equivalence, fieller, format_mean, mean_interval, paired, smallest_margin, welch
-from .verdicts import ALPHA, MARGIN, Comparison, Verdict, best_comparison, claim, comparisons, format_counts, format_interval, missing_schemes, not_tested, number_row, ruling, table_of
+from .verdicts import ALPHA, MARGIN, Comparison, Verdict, best_comparison, claim, comparisons, format_counts, format_interval, missing_schemes, no_runs, not_tested, number_row, ruling, table_of
 
 # %% ../../nbs/results/accuracy.ipynb #94640ec4
 def pair_rows(
@@ -53,9 +53,9 @@ def gap_claim(
 )->Verdict:
     "Decide by the Welch interval of a gap, in points of a percent"
     found = best_comparison(runs, norms)
-    if not found: return not_tested(key, missing_schemes(norms, runs))
+    if not found: return not_tested(key, missing_schemes(norms, runs), no_runs(norms))
     a, b = (value(found.variants[norm].done).dropna() for norm in norms)
-    if not len(a) or not len(b): return not_tested(key, f"the finished runs of {' and '.join(norms)} have recorded no {what}")
+    if not len(a) or not len(b): return not_tested(key, f"the finished runs of {' and '.join(norms)} have recorded no {what}", f'no {what} on record')
     gap, pair, near, label = welch(a, b), paired(a, b), equivalence(a, b, MARGIN), ' - '.join(norms)
     others = pair_rows(found, norms, what, value)
     rows = [number_row(what, norm, mean_interval(v), unit) for norm, v in zip(norms, (a, b), strict=True)]
@@ -90,7 +90,7 @@ def noise_words(
     return f"; a factor of two in lr moves {', '.join(said)}" if said else ''
 
 # %% ../../nbs/results/accuracy.ipynb #7273e960
-@claim('C1', 'Test accuracy', tag='paper', figure='final_accuracy',
+@claim('C1', 'Test accuracy', tag='paper', short='`bn` tests about 6 points better than `wn`',
        sentence='G&G state that the final test accuracy of weight normalization, with ResNet-50 on ImageNet, is about 6 % (absolute) below '
                 'that of batch normalization.',
        observable='Final top1 on the test images, bn minus wn, equal recipe, each with the variant and lr that were best on the hold-out '
@@ -129,7 +129,7 @@ def ceiling_words(
     return f'neither variant is shown to be below {TRAIN_CEILING:g} % of the training images ({accuracies})'
 
 # %% ../../nbs/results/accuracy.ipynb #dc270740
-@claim('C2', 'Training accuracy', tag='paper', figure='training_curves',
+@claim('C2', 'Training accuracy', tag='paper', short='`wn` trains to a higher accuracy',
        sentence='G&G state that weight normalization reaches better training accuracy than batch normalization.',
        observable='Final train_top1 (fixed training images, evaluation mode, no augmentation), wn minus bn; training loss there and the '
                   'running training accuracy of the last epoch beside it.',
@@ -151,11 +151,11 @@ def decide_c2(key, runs, folder=None):
         said += f"; {what}, wn - bn: {format_interval(gap, 'points' if unit == '%' else unit)}"
     verdict = replace(verdict, why=said, numbers=pandas.concat([verdict.numbers, table_of(rows)], ignore_index=True))
     full = ceiling_words(best_comparison(runs, ('wn', 'bn')))
-    return replace(verdict, verdict='not testable here', note=f'neither shown below {TRAIN_CEILING:g} %', p=math.nan, equal_p=math.nan,
+    return replace(verdict, verdict='not testable here', note=f'neither is shown to stay below {TRAIN_CEILING:g} % of the training images', p=math.nan, equal_p=math.nan,
                    why=f'{full}; {said}') if full else verdict
 
 # %% ../../nbs/results/accuracy.ipynb #6e0d70cf
-@claim('C4', 'Generalization gap', tag='paper', figure='generalization_gap',
+@claim('C4', 'Generalization gap', tag='paper', short='the gap between training and test is larger with `wn`',
        sentence="G&G attribute the lower test accuracy of weight normalization, at better training accuracy, to batch normalization's "
                 "regularization effect.",
        observable='train_top1 minus top1 (both in evaluation mode, final), of wn minus of bn. The gap is what is seen; its cause is an '
@@ -232,7 +232,7 @@ def cell_rows(
             for cell, variant in cells for what in ('top1', 'train_top1')]
 
 # %% ../../nbs/results/accuracy.ipynb #2d5cd89b
-@claim('C5', 'Standard regularisers', tag='paper', figure='regularizers',
+@claim('C5', 'Standard regularisers', tag='paper', short='dropout and weight decay do not close that gap',
        sentence="G&G state that dropout and weight decay could not replace batch normalization's regularization effect.",
        observable="Recovery R = (wn* - wn) / (bn* - wn) of test top1, where * is the cell of dropout x weight decay that the hold-out "
                   "split chose for each scheme; Fieller's interval.",
@@ -242,14 +242,14 @@ def cell_rows(
             'hold-out records.')
 def decide_c5(key, runs, folder=None):
     first, found = decide_c1('C1', runs), best_comparison(runs, ('bn', 'wn'))
-    if first.verdict == 'not tested': return not_tested(key, first.why)
+    if first.verdict == 'not tested': return not_tested(key, first.why, first.note)
     cells = {norm: grid_cells(runs, norm, found.setting) for norm in found.variants}
     used = [run for own in cells.values() for _, variant in own for run in variant.runs.run]  # of all cells, for their figure
     if first.verdict != 'supported': return replace(first, key=key, verdict='not testable here', note='C1 is not supported', p=math.nan,
                                                     equal_p=math.nan, numbers=table_of([]), runs=used,
                                                     why=f'C1 is {first.verdict} here, so there is no gap that a regulariser could close')
     best = {norm: best_cell(own) for norm, own in cells.items()}
-    if not all(best.values()): return replace(not_tested(key, NO_GRID), runs=used)
+    if not all(best.values()): return replace(not_tested(key, NO_GRID, 'no grid of dropout and weight decay'), runs=used)
     stars = {norm: variant.done.top1 for norm, (_, variant) in best.items()}
     verdict, p, recovery, ahead = recovery_ruling(stars['wn'], found.variants['wn'].done.top1, stars['bn'])
     rows = [row for norm, own in cells.items() for row in cell_rows(norm, own)]
@@ -264,7 +264,7 @@ def decide_c5(key, runs, folder=None):
 # %% ../../nbs/results/accuracy.ipynb #e8898383
 WN_FAMILY = ('wn', 'np', 'trelu')  # the WN-type schemes
 
-@claim('C9', 'Small scale', tag='secondary', figure='',
+@claim('C9', 'Small scale', tag='secondary', short='a WN-type scheme wins in a small network on CIFAR-10',
        sentence='On CIFAR-10 with a shallow network all methods are reported, second hand, to reach 100 % training accuracy at similar '
                 'speed, and the best WN-type '
                 'method to beat batch normalization by 1-2 % on test.',
@@ -276,7 +276,8 @@ def decide_c9(key, runs, folder=None):
     table = complete(runs)
     shallow = table[table.data.isin(['cifar10', 'cifar10-jpeg']) & table.arch.astype(str).str.startswith('cifar10_nv')]
     found = [(norm, c) for norm in WN_FAMILY if (c := best_comparison(shallow, ('bn', norm)))]
-    if not found: return not_tested(key, 'no setting has finished runs of bn and a WN-type scheme on CIFAR-10 with cifar10_nv')
+    if not found: return not_tested(key, 'no setting has finished runs of bn and a WN-type scheme on CIFAR-10 with cifar10_nv',
+                                     'no runs of cifar10_nv')
     norm, best = max(found, key=lambda item: (item[1].variants[item[0]].budget.epochs,
                                               item[1].variants[item[0]].budget.score if item[1].variants[item[0]].budget.n else 0.))
     verdict = gap_claim(key, shallow, (norm, 'bn'), 'top1', lambda mine: mine.top1)

@@ -19,11 +19,11 @@ from .verdicts import Verdict, claim, not_tested, number_row, ruling, table_of
 MEASURED = ('arch', 'image_size', 'batch_size', 'precision', 'channels_last', 'device', 'hardware', 'seconds')
 
 def cost_records(
-    folder=None,    # of runs; the records lie in `cost` beside it; None = `reports/runs` of the project
+    folder=None,    # of the records; None = `reports/cost` of the project
     usual=True,     # only those of the compiler and the allocator that runs have unless told otherwise
 )->list[dict]:      # with at least the keys in `MEASURED`; `seconds`: scheme -> seconds per step, a list with one value per round
     "What is on record of the cost of a step; damaged files are left out"
-    place = (Path(folder).absolute() if folder else project_root()/'reports'/'runs').parent/'cost'
+    place = Path(folder) if folder else project_root()/'reports'/'cost'
     records = [read_json(path) for path in sorted(place.glob('*.json'))]
     def is_usual(record): return record.get('compile', 'kernels') == 'kernels' and not record.get('allocator')
     def is_sound(record):
@@ -53,12 +53,12 @@ def kind_of_cost(
     return 'claim' if (record['arch'], record['image_size'], record['device']) == ('resnet50', 224, 'cuda') else 'analogue'
 
 def judged_records(
-    folder,         # of runs, as `cost_records` takes it
+    folder,         # of records, as `cost_records` takes it; None = none
     norms:tuple,    # schemes that must all have been measured
 )->list[list]:      # per precision, fp32 first, the records of its processes; empty where there is none
     "The records that a claim about cost is judged by: the paper's network and size on a GPU first, then the largest"
     found = {}
-    for record in cost_records(folder):
+    for record in cost_records(folder) if folder else []:
         if set(norms) <= set(record['seconds']): found.setdefault(tuple(record[name] for name in SAME), []).append(record)
     def rank(records):
         first, rounds = records[0], max(len(r['seconds'][norms[0]]) for r in records)
@@ -108,8 +108,9 @@ def in_all(
     return 'contradicted' if 'contradicted' in rulings else 'supported' if set(rulings) == {'supported'} else 'undecided'
 
 # %% ../../nbs/results/costs.ipynb #1ef346b5
-UNMEASURED = ('there are no records of cost beside the runs, in `reports/cost`: `papermill nbs/cost.ipynb reports/cost.ipynb` makes one; '
-              'images/s in the summary of a run depends on what else its machine did, and decides nothing')
+UNMEASURED = ('no records of cost were given: `papermill nbs/cost.ipynb reports/cost.ipynb` makes one in `reports/cost`, and `-p costs '
+              'reports/cost` shows the report those that lie there; images/s in the summary of a run depends on what else its machine did, '
+              'and decides nothing')
 SIGNIFICANT = 5  # percent of a step; our choice
 
 def share_of(
@@ -118,7 +119,7 @@ def share_of(
     "What goes of a step when BN is replaced by the identity"
     return Estimate(ratio.n, 100*(1-ratio.value), 100*(1-ratio.high), 100*(1-ratio.low))
 
-@claim('C10', 'Cost of BN', tag='paper', figure='cost_per_step',
+@claim('C10', 'Cost of BN', tag='paper', short='`bn` takes a significant share of a step',
        sentence='G&G state that batch normalization takes a significant fraction of training run-time and is bound by memory bandwidth.',
        observable='Share of the step time that goes when BN is replaced by the identity (scheme none): per process the median over rounds '
                   'of steps in turn, over processes their mean; precision and layout stated.',
@@ -127,7 +128,7 @@ def share_of(
             'precision that was timed. That the share is bound by bandwidth is not decided by it.')
 def decide_c10(key, runs, folder=None):
     found = judged_records(folder, ('bn', 'none'))
-    if not found: return not_tested(key, UNMEASURED)
+    if not found: return not_tested(key, UNMEASURED, 'no records of cost given')
     rows, rulings, said = [], [], []
     for records in found:
         share, precision = share_of(process_ratio(records, 'none', 'bn')), records[0]['precision']
@@ -138,7 +139,7 @@ def decide_c10(key, runs, folder=None):
                    [], place_of_cost([r for records in found for r in records]))
 
 # %% ../../nbs/results/costs.ipynb #c5dd5a5b
-@claim('C11', 'Cost of WN', tag='paper', figure='cost_per_step',
+@claim('C11', 'Cost of WN', tag='paper', short='`wn` does not slow a step down',
        sentence='G&G state that WN algorithms do not slow down training iterations.',
        observable='Step time of wn, np and trelu over that of bn, and over none beside it: per process the median over rounds of steps in '
                   'turn, over processes their mean; same device, precision, layout and batch.',
@@ -147,7 +148,7 @@ def decide_c10(key, runs, folder=None):
             'lies above, undecided otherwise, in every precision that was timed.')
 def decide_c11(key, runs, folder=None):
     found = judged_records(folder, ('wn', 'bn', 'none'))
-    if not found: return not_tested(key, UNMEASURED)
+    if not found: return not_tested(key, UNMEASURED, 'no records of cost given')
     rows, rulings, said = [], [], []
     for records in found:
         schemes, precision = [norm for norm in WN_FAMILY if all(norm in r['seconds'] for r in records)], records[0]['precision']

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy, pandas, scipy.stats
 from ..training.runs import Record, read_metrics
 from .statistics import Estimate, mean_interval, welch
-from .verdicts import Comparison, Verdict, best_comparison, claim, format_interval, missing_schemes, not_tested, number_row, ruling, setting_text, table_of
+from .verdicts import Comparison, Verdict, best_comparison, claim, format_interval, missing_schemes, no_runs, not_tested, number_row, ruling, setting_text, table_of
 
 # %% ../../nbs/results/histories.ipynb #61ff2e97
 RunHistory = namedtuple('RunHistory', 'evals running growth coherence first', defaults=((), (), (), (), ()))
@@ -148,7 +148,7 @@ def level_gaps(
     return gaps, rows
 
 # %% ../../nbs/results/histories.ipynb #121e3f4f
-@claim('C3', 'Convergence', tag='seed', figure='convergence',
+@claim('C3', 'Convergence', tag='seed', short='`wn` trains in fewer epochs',
        sentence="As the project's source description puts it, weight normalization converges faster in training.",
        observable='Epochs until the training accuracy (fixed images, evaluation mode) first reaches 25, 50, 75 and 90 %, bn minus wn, at '
                   'those levels that every '
@@ -158,14 +158,15 @@ def level_gaps(
             'with fewer than three seeds of each. All levels must agree, so the largest of their p enters the family.')
 def decide_c3(key, runs, folder=None):
     found = best_comparison(runs, ('bn', 'wn'))
-    if not found: return not_tested(key, missing_schemes(('bn', 'wn'), runs))
+    if not found: return not_tested(key, missing_schemes(('bn', 'wn'), runs), no_runs(('bn', 'wn')))
     gaps, rows = level_gaps(found, folder)
     if not gaps: return not_tested(key, f'{setting_text(found.setting)}: no level of {LEVELS} % training accuracy is on record as reached '
-                                        f'by every finished run of bn and wn')
+                                        f'by every finished run of bn and wn', 'no level that every run reaches')
     rulings = {ruling(gap) for _, gap in gaps}
     why = 'bn - wn, '+'; '.join(f'to {level} %: {format_interval(gap, "epochs")}' for level, gap in gaps)
-    return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', why=why, numbers=table_of(rows),
-                   p=float(numpy.max([gap.p for _, gap in gaps])), **found.facts())
+    disagree = len(rulings) > 1
+    return Verdict(key, 'undecided' if disagree else rulings.pop(), why=why, numbers=table_of(rows),
+                   p=float(numpy.max([gap.p for _, gap in gaps])), note='levels disagree' if disagree else '', **found.facts())
 
 # %% ../../nbs/results/histories.ipynb #c9086aa1
 FLAT = 0.05  # decades per block, at which 16 blocks differ by a factor of 5.6; our choice
@@ -236,15 +237,15 @@ def probed(
 )->tuple:                       # a 'not tested' verdict or None; comparison, with bn where it was run; scheme -> its read_histories
     "The comparison that has probes of wn"
     found = best_comparison(runs, ('wn', 'bn')) or best_comparison(runs, ('wn',))
-    if not found: return not_tested(key, missing_schemes(('wn',), runs)), None, None
+    if not found: return not_tested(key, missing_schemes(('wn',), runs), no_runs(('wn',))), None, None
     mine = {norm: read_histories(variant.done, folder) for norm, variant in found.variants.items()}
     seen = {norm: own[own.map(take).notna().astype(bool)] for norm, own in mine.items()}
     empty = None if len(seen['wn']) else not_tested(key, f'{setting_text(found.setting)}: no finished run of wn has a record with the '
-                                                         f'probes that this needs')
+                                                         f'probes that this needs', 'no probes on record')
     return empty, found, seen
 
 # %% ../../nbs/results/histories.ipynb #f3c61290
-@claim('C7', 'Layer-output norms', tag='secondary', figure='signal_by_depth',
+@claim('C7', 'Layer-output norms', tag='secondary', short='signals grow over depth as `wn` trains',
        sentence='Output norms are reported, second hand, as similar across the layers of ResNet-50 for the first few epochs and then '
                 'blowing up in the last '
                 'layers and vanishing in the first.',
@@ -284,7 +285,7 @@ def place_estimates(
             for place in sorted(set(first) & set(last))}
 
 # %% ../../nbs/results/histories.ipynb #6d0991fd
-@claim('C8', 'Mechanism of C7', tag='secondary', figure='coherence_and_gain',
+@claim('C8', 'Mechanism of C7', tag='secondary', short='they grow where filters are less orthogonal',
        sentence='It is reported, second hand, that norm matching assumes nearly orthogonal weight vectors and that very deep networks '
                 'violate this.',
        observable="Spearman's rank correlation between mean |cos| of distinct filters and gain (RMS of the output over that of the "
@@ -305,5 +306,5 @@ def decide_c8(key, runs, folder=None):
     rulings, facts = {ruling(last) for last, _ in places.values()}, found.facts()
     if len({last.value > 0 for last, _ in places.values()}) > 1:
         return Verdict(key, 'not testable here', why=f'places in a block disagree in sign; {why}', numbers=table_of(rows),
-                       note='not informative', **facts)
+                       note='not informative: places in a block disagree in sign', **facts)
     return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', why=why, numbers=table_of(rows), **facts)

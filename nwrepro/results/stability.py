@@ -143,7 +143,7 @@ def ratio_rows(
             for variant, e in ratios.items()]
 
 # %% ../../nbs/results/stability.ipynb #2b7fafb4
-@claim('C6', 'Stability', tag='paper', figure='lr_limits',
+@claim('C6', 'Stability', tag='paper', short='`wn` is less stable: it learns only at smaller learning rates',
        sentence='G&G state that training deep networks with WN algorithms is significantly less stable than with batch normalization.',
        observable='The largest lr at which a run of 200 steps at full lr, after any warm-up, learns (mean of its last 50 training losses, '
                   'with batch statistics, below .95 ln K), per variant and seed, by a ladder from 16 down in factors of 2 '
@@ -157,10 +157,10 @@ def decide_c6(key, runs, folder=None):
     found = [(setting, group, limits(group)) for setting, group in grouped(runs) if is_ladder(setting)]
     found = [(setting, group, own, variants) for setting, group, own in found if len(variants := compared_variants(runs, own)) == 2]
     short = short_probes(runs)
-    if not found: return replace(not_tested(key, NO_LADDER+stuck_words(short)), runs=list(short.run))
+    if not found: return replace(not_tested(key, NO_LADDER+stuck_words(short), 'no ladder of learning rates'), runs=list(short.run))
     setting, group, own, variants = max(found, key=ladder_rank)
     gap, best = limit_gap(own[variants['bn']], own[variants['wn']]), best_comparison(runs, ('bn', 'wn'))
-    rows = [row for variant, ladder in own.items() for row in limit_rows(variant, ladder)]+ratio_rows(variants['bn'], own)
+    rows = [row for variant, ladder in own.items() for row in limit_rows(variant, ladder)]+ratio_rows(variants['bn'], {variants['wn']: own[variants['wn']]} | own)
     tried = group[group[list(VARIANT)].apply(tuple, axis=1).isin(variants.values()) & group.status.isin(RESULTS)]
     why = (f"bn ({variants['bn'][1]}) and wn ({variants['wn'][1]}): {factor_words(gap)}; of {len(tried)} probes "
            f"{(tried.verdict == 'learning').sum()} learned, {(tried.status == 'diverged').sum()} diverged, "

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REGISTER', 'PAPER_RECIPE', 'PAPER_SETTING', 'NUMBERS', 'ALPHA', 'MARGIN', 'Verdict', 'Claim', 'claim', 'kind_of',
            'padded_variance', 'setting_text', 'Comparison', 'comparisons', 'best_comparison', 'number_row', 'table_of',
-           'not_tested', 'missing_schemes', 'ruling', 'format_interval', 'format_counts']
+           'not_tested', 'no_runs', 'missing_schemes', 'ruling', 'format_interval', 'format_counts']
 
 # %% ../../nbs/results/verdicts.ipynb #cf182a9b
 import math
@@ -33,18 +33,18 @@ class Verdict:
     budgets:tuple = ()          # per variant that was compared, how its lr was chosen
     p:float = math.nan          # of no difference
     equal_p:float = math.nan    # of a difference as large as the margin or larger
-    note:str = ''               # in a few words, why it is not testable here, or what part of the claim was seen
+    note:str = ''               # in a few words, why it is not tested or testable here, or what part of the claim was seen
 
 @dataclass(frozen=True)
 class Claim:
     "A sentence of the paper, and how it is decided"
     key:str             # 'C1' to 'C11'
     title:str           # a few words
+    short:str           # in plain words
     sentence:str        # worded so that it may be attributed as the tag allows
     tag:str             # 'paper', 'seed' or 'secondary'
     observable:str      # what is measured
     rule:str            # when it is supported and when contradicted
-    figure:str          # name of the function that draws it, in `claim_figures.FIGURES`; '' = none
     decide:Callable     # (runs, folder of runs) -> Verdict
     @property
     def function(self)->str: return f'{self.decide.func.__module__}.{self.decide.func.__name__}'
@@ -55,7 +55,7 @@ REGISTER = {}
 def claim(
     key:str,    # of the claim
     title:str,  # in a few words
-    **texts     # `sentence`, `tag`, `observable`, `rule`, `figure`
+    **texts     # `short`, `sentence`, `tag`, `observable`, `rule`
 ):              # decorator; the function stays what it was
     "Register the function below as the one that decides a claim"
     def register(decide):
@@ -165,9 +165,16 @@ def table_of(
 def not_tested(
     key:str,        # of the claim
     missing:str,    # what there is none of, and what would make it
+    note:str,       # the same in a few words
 )->Verdict:
     "The verdict where nothing was measured"
-    return Verdict(key, 'not tested', '', missing, table_of([]), [])
+    return Verdict(key, 'not tested', '', missing, table_of([]), [], note=note)
+
+def no_runs(
+    norms:tuple,    # schemes
+)->str:
+    "In a few words, that a scheme was not run to its end in a setting with the others"
+    return f"no finished runs of {' and '.join(norms)} in one setting"
 
 def missing_schemes(
     norms:tuple,                # schemes

@@ -163,7 +163,7 @@ def test_a_prediction_is_extra_time_over_that_of_none(stock):
 def test_cost_leaves_a_record_that_is_judged(project):
     done = run_in(project, 'papermill', 'nbs/cost.ipynb', 'reports/cost.ipynb', *SMALL, '-y', '{norms: [bn, wn]}')
     assert done.returncode == 0, done.stderr
-    record, = [r for r in cost_records(project/'reports/runs') if r['image_size'] == 16]
+    record, = [r for r in cost_records(project/'reports/cost') if r['image_size'] == 16]
     assert (record['arch'], record['batch_size'], record['precision']) == ('resnet18', 4, 'fp32') and list(record['seconds']) == ['bn',
         'wn', 'none']
     assert {len(s) for s in record['seconds'].values()} == {6} and all(0 < s < 60 for part in record['seconds'].values() for s in part)
