@@ -44,6 +44,6 @@ def judge(
     verdicts = adjusted([claim.decide(runs, costs if key in ON_COST else folder) for key, claim in CLAIMS.items()])
     first, fifth = (next(v for v in verdicts if v.key == key) for key in ('C1', 'C5'))
     if first.verdict == 'supported' or fifth.verdict == 'not tested': return verdicts
-    closed = replace(fifth, verdict='not testable here', note='C1 is not supported', numbers=table_of([]), p=math.nan, equal_p=math.nan,
+    closed = replace(fifth, verdict='not testable here', note=f'no gap to close, as C1 is {first.verdict}', numbers=table_of([]), p=math.nan, equal_p=math.nan,
                      why=f'C1 is {first.verdict} here, so there is no gap that a regulariser could close')
     return [closed if v is fifth else v for v in verdicts]

@@ -166,7 +166,7 @@ def decide_c3(key, runs, folder=None):
     why = 'bn - wn, '+'; '.join(f'to {level} %: {format_interval(gap, "epochs")}' for level, gap in gaps)
     disagree = len(rulings) > 1
     return Verdict(key, 'undecided' if disagree else rulings.pop(), why=why, numbers=table_of(rows),
-                   p=float(numpy.max([gap.p for _, gap in gaps])), note='levels disagree' if disagree else '', **found.facts())
+                   p=float(numpy.max([gap.p for _, gap in gaps])), note='other levels disagree' if disagree else '', **found.facts())
 
 # %% ../../nbs/results/histories.ipynb #c9086aa1
 FLAT = 0.05  # decades per block, at which 16 blocks differ by a factor of 5.6; our choice
@@ -285,7 +285,7 @@ def place_estimates(
             for place in sorted(set(first) & set(last))}
 
 # %% ../../nbs/results/histories.ipynb #6d0991fd
-@claim('C8', 'Mechanism of C7', tag='secondary', short='they grow where filters are less orthogonal',
+@claim('C8', 'Mechanism of C7', tag='secondary', short='layers with less orthogonal filters amplify more',
        sentence='It is reported, second hand, that norm matching assumes nearly orthogonal weight vectors and that very deep networks '
                 'violate this.',
        observable="Spearman's rank correlation between mean |cos| of distinct filters and gain (RMS of the output over that of the "
@@ -306,5 +306,5 @@ def decide_c8(key, runs, folder=None):
     rulings, facts = {ruling(last) for last, _ in places.values()}, found.facts()
     if len({last.value > 0 for last, _ in places.values()}) > 1:
         return Verdict(key, 'not testable here', why=f'places in a block disagree in sign; {why}', numbers=table_of(rows),
-                       note='not informative: places in a block disagree in sign', **facts)
+                       note='not informative: the sign differs between places in a block', **facts)
     return Verdict(key, rulings.pop() if len(rulings) == 1 else 'undecided', why=why, numbers=table_of(rows), **facts)

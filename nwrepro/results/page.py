@@ -21,7 +21,7 @@ from .variants import by_setting, complete, is_whole
 from .claims import CLAIMS
 from ..common import project_root
 from .claim_figures import claim_picture, figure_function
-from .figures import RunCache, format_values, run_address, save_figure
+from .figures import DATA_NAMES, RunCache, in_words, network_name, run_address, save_figure
 from .lr_figures import accuracy_by_init, learning_rates
 from .wording import answer, chip, evidence
 from ..training.runs import Record
@@ -190,8 +190,8 @@ def datatables(
 def code_in_backticks(
     text:str,   # a sentence, whatever is in it
 )->Markup:
-    "Escaped text, with words in backticks as code"
-    return Markup(re.sub('`([^`]+)`', r'<code>\1</code>', str(escape(text))))
+    "Escaped text, with words in backticks as code, and numbers that stay with their unit"
+    return Markup(re.sub('`([^`]+)`', r'<code>\1</code>', re.sub(r' (= \d|%|px\b)', '\u00a0\\1', str(escape(text)))))
 
 def render_page(
     **values,  # what the template asks for
@@ -239,7 +239,7 @@ def evidence_text(
 )->str:
     "How many runs, and on what data"
     if not len(runs): return 'no runs'
-    arch, data = (format_values(runs.get(name, [])) for name in ('arch', 'data'))
+    arch, data = in_words(runs.get('arch', []), network_name), in_words(runs.get('data', []), lambda name: DATA_NAMES.get(name, name))
     return f"{len(runs)} run{'s'*(len(runs) > 1)} of {arch} on {data}"
 
 def write_page(

@@ -157,7 +157,7 @@ def decide_c6(key, runs, folder=None):
     found = [(setting, group, limits(group)) for setting, group in grouped(runs) if is_ladder(setting)]
     found = [(setting, group, own, variants) for setting, group, own in found if len(variants := compared_variants(runs, own)) == 2]
     short = short_probes(runs)
-    if not found: return replace(not_tested(key, NO_LADDER+stuck_words(short), 'no ladder of learning rates'), runs=list(short.run))
+    if not found: return replace(not_tested(key, NO_LADDER+stuck_words(short), 'no probes of 200 steps over learning rates'), runs=list(short.run))
     setting, group, own, variants = max(found, key=ladder_rank)
     gap, best = limit_gap(own[variants['bn']], own[variants['wn']]), best_comparison(runs, ('bn', 'wn'))
     rows = [row for variant, ladder in own.items() for row in limit_rows(variant, ladder)]+ratio_rows(variants['bn'], {variants['wn']: own[variants['wn']]} | own)

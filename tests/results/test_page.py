@@ -167,7 +167,7 @@ def test_means_have_intervals_from_three_runs_on(made, tmp_path):
 def test_the_strip_has_the_paper_s_values_and_says_how_they_are_known(made):
     picture = made[2]['C1']
     marks = [line.get_xdata()[0] for line in picture.figure.axes[1].lines if line.get_markerfacecolor() == 'none']
-    assert marks == [73., 67.] and '[seed]' in picture.caption
+    assert marks == [73., 67.] and 'known second hand' in picture.caption
 
 def test_figures_of_real_runs():
     runs, cache = load_runs(FIRST_LOOK), RunCache(FIRST_LOOK)
@@ -305,7 +305,7 @@ def test_numbers_are_written_as_a_reader_would():
 
 def test_an_answer_that_decides_nothing_says_how_much_was_measured():
     verdicts = [dataclasses.replace(v, verdict='undecided') for v in judge(pandas.DataFrame(), 'nowhere')]
-    assert answer(verdicts, pandas.DataFrame([dict(arch='resnet18', data='digits')]))[2].startswith('None of 11 claims got a verdict')
+    assert answer(verdicts, pandas.DataFrame([dict(arch='resnet18', data='digits')]))[2].startswith('None of 11 claims could be decided')
 
 def test_page_of_no_runs_says_how_to_make_one(tmp_path):
     words, seen = check(page_of(tmp_path/'nowhere', tmp_path/'page'))
@@ -324,13 +324,13 @@ def test_no_figure_of_the_page_before_is_left(tmp_path):
 def test_page_of_one_run_decides_nothing(tmp_path):
     make(tmp_path/'runs')
     words, _ = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    assert '1 run of resnet18 on digits' in words and 'n = 1 finished of 1 started' in words and 'None of 11 claims' in words
+    assert '1 run of ResNet-18 on handwritten digits' in words and 'n = 1 finished of 1 started' in words and 'None of 11 claims' in words
 
 def test_page_of_diverged_runs_only(tmp_path):
     for norm in ('bn', 'wn'):
         for lr in (1., 3.): make(tmp_path/'runs', norm=norm, lr=lr, status='diverged')
     words, _ = check(page_of(tmp_path/'runs', tmp_path/'page'))
-    assert '4 runs of resnet18 on digits' in words and 'None of 11 claims' in words
+    assert '4 runs of ResNet-18 on handwritten digits' in words and 'None of 11 claims' in words
 
 def torn_config(run): (run.path/'config.json').write_text('{"norm": "wn", "da')
 def empty_config(run): (run.path/'config.json').write_text('{}')
