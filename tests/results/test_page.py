@@ -1,5 +1,5 @@
 "The page of a report: on real runs, on nothing, on broken folders, on thousands of folders, and in a real browser"
-import contextlib, dataclasses, json, math, os, re, shlex, shutil, subprocess, sys, time
+import contextlib, dataclasses, html, json, math, os, re, shlex, shutil, subprocess, sys, time
 from html.parser import HTMLParser
 from types import SimpleNamespace
 from urllib.parse import unquote, urlparse
@@ -380,6 +380,28 @@ def test_papermill_without_runs(project):
     done = run_in(project, 'papermill', 'nbs/report.ipynb', 'reports/report.ipynb')
     assert done.returncode == 0, done.stderr
     assert 'Here is what no runs say' in check(project/'reports/index.html')[0]
+
+@pytest.mark.slow
+def test_the_commands_of_a_figure_make_its_runs_again(project):
+    small = dict(data='digits', arch='resnet18', train_images=64, epochs=1, batch_size=32, lr=0.01)
+    given = [word for name, value in small.items() for word in ('-p', name, str(value))]
+    def papermill(*words):
+        done = run_in(project, 'papermill', *words)
+        assert done.returncode == 0, done.stderr
+    for norm in ('bn', 'wn'): papermill('nbs/train.ipynb', f'reports/{norm}.ipynb', '-p', 'norm', norm, *given)
+    papermill('nbs/report.ipynb', 'reports/report.ipynb')
+    text = (project/'reports/index.html').read_text()
+    first = load_runs(project/'reports/runs').set_index('run')
+    commands = html.unescape(re.search('<details id="again-C1">.*?<pre[^>]*>(.*?)</pre>', text, re.S)[1]).splitlines()
+    assert len(commands) == 3
+    shutil.rmtree(project/'reports/runs')
+    shutil.rmtree(project/'checkpoints', ignore_errors=True)
+    for command in commands: papermill(*shlex.split(command)[1:])
+    again = load_runs(project/'reports/runs').set_index('run')
+    assert set(again.index) == set(first.index) and len(first) == 2
+    for column in ('top1', 'train_top1', 'val_loss'): assert again[column].to_dict() == first[column].to_dict()
+    pixels = re.search(r'(<svg.*?</svg>)', text, re.S)[1]
+    assert pixels == re.search(r'(<svg.*?</svg>)', (project/'reports/index.html').read_text(), re.S)[1]
 
 # 5,000 runs
 
