@@ -50,3 +50,14 @@ def imagenette():
     found = [p for p in (data/'imagenette2-160', data/'imagenette2-320', data/'imagenette2') if (p/'train').is_dir() and (p/'val').is_dir()]
     if not found: pytest.skip(f'no Imagenette in {data}: see data/README.md for how to get it')
     return found[0]
+
+@pytest.fixture(scope='session')
+def browser():
+    "Chromium of the system; skipped where there is none"
+    sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install -e .[dev]')
+    path = next((p for name in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(name))), None)
+    if not path: pytest.skip('no Chromium on this machine: install chromium to look at the page in a browser')
+    with sync.sync_playwright() as play:
+        found = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
+        yield found
+        found.close()

@@ -4,6 +4,11 @@ pip install -e '.[docs]' && python tools/site.py     writes _docs/index.html, wi
 """
 import ast, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
+from nwrepro.results.claims import judge
+from nwrepro.results.figures import RunCache
+from nwrepro.results.page import draw_figures, write_page
+from nwrepro.results.variants import comparable
+from nwrepro.training.records import load_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/'_docs'
@@ -49,7 +54,9 @@ def prepared(notebook, page, names):
         if cell['cell_type'] == 'markdown': text = linked(text, page, names)
         if 'echo: false' in directives: cell['metadata']['tags'] = ['remove-input']
         for output in cell.get('outputs', []):
-            if 'text/markdown' in output.get('data', {}): output['data']['text/markdown'] = linked(''.join(output['data']['text/markdown']), page, names)
+            if 'text/markdown' in output.get('data', {}):  # Sphinx leaves links in outputs as they are
+                text_out = linked(''.join(output['data']['text/markdown']), page, names)
+                output['data']['text/markdown'] = re.sub(r'(\]\([^):]*)\.ipynb', r'\1.html', text_out)
         cells.append(cell | {'source': text})
     return notebook | {'cells': cells}
 
@@ -65,18 +72,33 @@ def prepare(folder):
     names, pages = symbols(), sorted(p.relative_to(ROOT/'nbs').as_posix() for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
     for page in pages:
         notebook = prepared(json.loads((ROOT/'nbs'/page).read_text(encoding='utf-8')), page, names)
-        if page == 'index.ipynb': notebook['cells'].append(dict(cell_type='markdown', id='contents', metadata={}, source=contents([p.removesuffix('.ipynb') for p in pages if p != 'index.ipynb'])))
+        if page == 'index.ipynb': notebook['cells'].append(dict(cell_type='markdown', id='contents', metadata={}, source=REPORT+'\n\n'+contents([p.removesuffix('.ipynb') for p in pages if p != 'index.ipynb'])))
         (folder/page).parent.mkdir(parents=True, exist_ok=True)
         (folder/page).write_text(json.dumps(notebook), encoding='utf-8')
     import nbclassic
     shutil.copytree(Path(nbclassic.__file__).parent/'static/components/MathJax', folder/'_static'/'MathJax')
 
+STUDY = 'study'  # folder of runs whose report stands in the site
+REPORT = '<p><a href="report/index.html">The report of the first study</a>: the answer, every claim, every run.</p>'
+
+def write_report(out):
+    "The page of a report; files of runs are in the repository"
+    folder, costs = ROOT/'reports'/STUDY, ROOT/'reports'/'cost'
+    runs, cache = load_runs(folder), RunCache(folder, costs)
+    verdicts = judge(runs, folder, costs)
+    page = write_page(verdicts, draw_figures(verdicts, comparable(runs), cache), runs, cache, out)
+    page.write_text(re.sub(r'href="[./]*/reports/', f'href="{REPOSITORY}reports/', page.read_text(encoding='utf-8')), encoding='utf-8')
+
 def main():
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        if OUT.exists(): shutil.rmtree(OUT)
-        done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-j', '2', '-c', str(ROOT/'site'), folder, str(OUT)],
+        built = Path(folder)/'_build'/'html'
+        done = subprocess.run([sys.executable, '-m', 'sphinx', '-W', '--keep-going', '-q', '-j', '2', '-c', str(ROOT/'site'), folder, str(built)],
                               cwd=folder, env=os.environ | dict(SITE_STATIC=str(Path(folder)/'_static')))
+        if not done.returncode:
+            shutil.rmtree(OUT, ignore_errors=True)
+            shutil.move(built, OUT)
+    if not done.returncode: write_report(OUT/'report')
     return done.returncode
 
 if __name__ == '__main__': raise SystemExit(main())

@@ -449,17 +449,6 @@ def test_5000_runs_in_a_minute_and_a_gigabyte(crowd):
 
 # in a browser
 
-@pytest.fixture(scope='module')
-def browser():
-    "Chromium of the system; skipped where there is none"
-    sync = pytest.importorskip('playwright.sync_api', reason='playwright is not installed: pip install -e .[dev]')
-    path = next((p for name in ('chromium', 'chromium-browser', 'google-chrome') if (p := shutil.which(name))), None)
-    if not path: pytest.skip('no Chromium on this machine: install chromium to look at the page in a browser')
-    with sync.sync_playwright() as play:
-        found = play.chromium.launch(executable_path=path, args=['--no-sandbox'])
-        yield found
-        found.close()
-
 @contextlib.contextmanager
 def opened(browser, page, width=1280, scheme='light'):
     "A page whose tables are ready, and what its console said"
