@@ -5,29 +5,27 @@
 # %% auto #0
 __all__ = ['Point', 'TIME_KEYS', 'EXIT_INTERRUPTED', 'Job', 'Outcome', 'expand_grid', 'make_point', 'make_points',
            'unfinished_notebook', 'is_done', 'steps_done', 'count_evaluations', 'median_times', 'seconds_left',
-           'total_time', 'format_time', 'progress_table', 'interrupt_with_parent', 'quantize_png', 'compress_pictures',
-           'execute_notebook', 'run_one_point', 'changed_parameters', 'threads_per_process', 'start_process',
-           'launch_point', 'error_message', 'run_points', 'wait_for_any', 'sweep', 'preview', 'raise_failed']
+           'total_time', 'format_time', 'progress_table', 'interrupt_with_parent', 'execute_notebook', 'run_one_point',
+           'changed_parameters', 'threads_per_process', 'start_process', 'launch_point', 'error_message', 'run_points',
+           'wait_for_any', 'sweep', 'preview', 'raise_failed']
 
 # %% ../../nbs/experiments/grid.ipynb #56f6d098
-import base64, io, itertools, json, math, os, signal, subprocess, sys, tempfile, threading, time
+import itertools, json, math, os, signal, subprocess, sys, tempfile, threading, time
 from collections import namedtuple
 from dataclasses import asdict
 from datetime import timedelta
 from functools import cache
-from pathlib import Path
 import pandas
 from ..training.build import make_views
 from ..training.checkpoint import acquire_lock, release_lock
 from ..training.lifecycle import check_images
 from ..training.sources import load_source
 from ..common import project_root
-from ..training.loop import is_eval_epoch
+from ..training.evaluation import is_eval_epoch
 from ..training.recipe import DEFAULTS, check_parameters, make_recipe, parse_value
 from ..training.records import load_runs
 from ..training.runs import RESULTS, Record, read_metrics, run_name
 from ..training.provenance import code_hash, machine
-from ..training.files import write_atomic
 
 # %% ../../nbs/experiments/grid.ipynb #5301f3d8
 def expand_grid(
@@ -184,27 +182,6 @@ def interrupt_with_parent(
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Slurm sends it to all processes of a job; submitit's handles it
     threading.Thread(target=listen, daemon=True).start()
 
-# %% ../../nbs/experiments/grid.ipynb #d60e6be1
-def quantize_png(
-    png:str,        # picture, base64
-    colors:int=64,  # of its palette, 2 to 256
-)->str:             # the same picture in few colours, base64
-    "A picture in fewer bytes"
-    from PIL import Image
-    small = io.BytesIO()
-    Image.open(io.BytesIO(base64.b64decode(png))).convert('RGB').quantize(colors).save(small, 'PNG', optimize=True)
-    return base64.b64encode(small.getvalue()).decode()
-
-def compress_pictures(
-    path:Path,      # of an executed notebook
-)->None:
-    "Rewrite a notebook with its pictures in few colours"
-    import nbformat  # comes with papermill, and importing this module must not load it
-    notebook = nbformat.read(path, 4)
-    for output in (o for cell in notebook.cells for o in cell.get('outputs', []) if 'image/png' in o.get('data', {})):
-        output.data['image/png'] = quantize_png(output.data['image/png'])
-    write_atomic(path, nbformat.writes(notebook))
-
 # %% ../../nbs/experiments/grid.ipynb #b8408b03
 def execute_notebook(
     given:dict,     # parameters
@@ -223,7 +200,6 @@ def execute_notebook(
         with tempfile.TemporaryDirectory() as sockets:  # not ports: two runs that start together can pick the same
             config = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/kernel'))
             papermill.execute_notebook(source, target, given, progress_bar=False, cwd=str(root), coalesce_streams=True, config=config)
-        compress_pictures(part)
     finally:
         if record.path.is_dir() and part.exists(): os.replace(part, record.path/'train.ipynb')
         part.unlink(missing_ok=True)
@@ -247,12 +223,14 @@ def run_one_point(
 # %% ../../nbs/experiments/grid.ipynb #9e59451c
 Job = namedtuple('Job', 'point process log')
 
+# %% ../../nbs/experiments/grid.ipynb #4b616e49
 def changed_parameters(
     point:Point,    # of a grid
 )->dict:            # parameters that differ from their defaults
     "The parameters that a point does not leave at their defaults"
     return {k: v for k, v in check_parameters(point.given).items() if v != DEFAULTS.get(k)}
 
+# %% ../../nbs/experiments/grid.ipynb #8ee1cbc6
 def threads_per_process(
     cores:int,      # that a run may use
     given:dict,     # its parameters
@@ -260,6 +238,7 @@ def threads_per_process(
     "A process's share of the cores of a run"
     return max(1, int(cores)//parse_value('processes', given.get('processes', DEFAULTS['processes'])))
 
+# %% ../../nbs/experiments/grid.ipynb #b772f3e5
 def start_process(
     given:dict,     # parameters of a run
     name:str,       # of its folder
@@ -271,6 +250,7 @@ def start_process(
     command = [sys.executable, '-m', 'nwrepro.experiments.grid', json.dumps(given), name]
     return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=project_root(), env=env, **streams)
 
+# %% ../../nbs/experiments/grid.ipynb #dbd2411f
 def launch_point(
     point:Point,    # of a grid
     threads,        # of each of its processes

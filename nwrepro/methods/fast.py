@@ -67,8 +67,10 @@ def filter_rows(
     t = t.detach().contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     return (t.movedim(1, -1) if last else t).view(len(t), -1)
 
+# %% ../../nbs/methods/fast.ipynb #1274b6ba
 compiled = cache(partial(torch.compile, dynamic=True))  # once per function and process
 
+# %% ../../nbs/methods/fast.ipynb #fb2d798d
 @cache
 def compiler_works(
 )->bool:
@@ -89,12 +91,11 @@ class WNSGD(torch.optim.Optimizer):
         weight_norm:str|None=None,        # 'affine' = v and g, 'strict' = v with g 1, None = an ordinary parameter
         weight_decay_v:float|None=None,   # of v; None = weight_decay
         weight_decay_g:float|None=None,   # of g; None = weight_decay
-        lr_g:float|None=None,   # learning rate of g; None = lr
         train_g:bool=True,      # False = g stays as it is
         compile:bool=False,     # compile the step of weights with `weight_norm`
     ):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, weight_norm=weight_norm, train_g=train_g,
-                                      weight_decay_v=weight_decay_v, weight_decay_g=weight_decay_g, lr_g=lr_g, compile=compile))
+                                      weight_decay_v=weight_decay_v, weight_decay_g=weight_decay_g, compile=compile))
     def add_param_group(self, group):
         super().add_param_group(group)
         if self.param_groups[-1]['weight_norm'] not in (None, 'affine', 'strict'):
@@ -133,7 +134,7 @@ def step_normalized(optimizer, group):
     "One step of a group with `weight_norm`"
     lr, decay = group['lr'], group['weight_decay']
     own = [decay if group[k] is None else group[k] for k in ('weight_decay_v', 'weight_decay_g')]
-    lr_g = (lr if group['lr_g'] is None else group['lr_g']) if group['train_g'] else 0.
+    lr_g = lr if group['train_g'] else 0.
     f, strict = compiled(step_filters) if group['compile'] else step_filters, group['weight_norm'] == 'strict'
     for w in [p for p in group['params'] if p.grad is not None]:
         s = filter_state(optimizer, w)
@@ -151,6 +152,7 @@ def squared_gradients(optimizer, w, group):
     across = torch.where(ww > 0, (1 if strict else ww)/norm_v.square()*(dd-along), 0)
     return across.sum() + (along.sum() if group['train_g'] and not strict else 0)
 
+# %% ../../nbs/methods/fast.ipynb #9912e8c4
 def step_plain(optimizer, group):
     "One step of a group of ordinary parameters"
     params = [p for p in group['params'] if p.grad is not None]
@@ -166,6 +168,7 @@ def np_relu_backward(dy, y): return torch.where(y > NP_FLOOR[y.dtype], dy/C1, 0)
 def np_sum(residual, shortcut): return np_relu((residual+shortcut)*0.5**0.5)
 def np_sum_backward(dy, y): return 2*np_relu_backward(dy*0.5**0.5, y)
 
+# %% ../../nbs/methods/fast.ipynb #4efcd7f5
 class Fused(Function):
     "A function of tensors and its gradient as compiled loops; the gradient knows the output and all but the first `forget` inputs"
     @staticmethod
@@ -177,6 +180,7 @@ class Fused(Function):
     @once_differentiable
     def backward(ctx, dy): return None, None, None, *ctx.f(dy, *ctx.saved_tensors)
 
+# %% ../../nbs/methods/fast.ipynb #47194cf0
 class FusedNPReLU(nn.Module):
     "`NPReLU` of `x`, or of its `NPAdd` with a shortcut, in one loop"
     def forward(self, x:torch.Tensor, shortcut:torch.Tensor|None=None)->torch.Tensor:
@@ -194,6 +198,7 @@ def trelu_sum_backward(dy, y, shortcut, b, alpha):
     dx, d_alpha = trelu_backward(dy, y, alpha)
     return dx, b[:,None,None]*dx, channel_sum(dx*shortcut).to(b), d_alpha
 
+# %% ../../nbs/methods/fast.ipynb #6deec8f0
 class FusedTReLU(TReLU):
     "`TReLU` in one loop"
     def forward(self, x:torch.Tensor)->torch.Tensor: return Fused.apply(trelu, trelu_backward, 1, x, self.alpha.to(x.dtype))
@@ -203,6 +208,7 @@ def scaled_conv(conv, factor, x):
     "The output of a convolution times a factor per channel, which multiplies its weight"
     return conv._conv_forward(x, conv.weight*factor[:,None,None,None], None if conv.bias is None else conv.bias*factor)
 
+# %% ../../nbs/methods/fast.ipynb #599c407a
 class FusedTReLUBlock(JoinBlock):
     "A block of `trelu` with its sum and last activation in one loop, and the same parameters"
     def forward(self, x:torch.Tensor)->torch.Tensor:
@@ -225,6 +231,7 @@ def can_absorb_join(block)->bool:
     plain = type(last) is nn.Conv2d and all(type(m) is nn.Identity for m in behind)
     return plain and all(type(m) in (nn.Conv2d, nn.Identity) for m in shortcut)
 
+# %% ../../nbs/methods/fast.ipynb #e2e742f5
 def fuse_activations(
     model:nn.Module,  # with plain convolutions, changed in place
 )->None:
@@ -245,6 +252,7 @@ def wn_layers(model:nn.Module)->list[str]:
     "Names of the weight-normalised layers"
     return [name for name, m in model.named_modules() if type(m) in (WNConv2d, WNLinear)]
 
+# %% ../../nbs/methods/fast.ipynb #f324356d
 def fast_form(
     model:nn.Module,     # network of any scheme; left untouched
     kernels:bool=False,  # fuse activations and joins, which compiles them
@@ -268,6 +276,7 @@ def plain_weights(
     names = [name for name in wn_layers(model) if name not in wn_layers(fast)]
     return {name: (fast.get_submodule(name).weight, model.get_submodule(name)) for name in names}
 
+# %% ../../nbs/methods/fast.ipynb #ab61b507
 @torch.no_grad()
 def copy_norms(
     optimizer:WNSGD,  # of the weights of `fast`, changed in place

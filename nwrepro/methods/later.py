@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NF_GAMMA', 'group_count', 'group_norm', 'rebuild_conv', 'standardize_weight', 'WSConv2d', 'standardized_conv',
-           'MeanOnlyBatchNorm2d', 'mean_only_norm', 'wn_keep_bias', 'SkipScale', 'scale_branches', 'NFConv2d',
-           'nf_conv', 'with_zero_bias', 'ScaledSum', 'NFBlock', 'nf_blocks', 'DyT']
+           'MeanOnlyBatchNorm2d', 'wn_keep_bias', 'SkipScale', 'scale_branches', 'NFConv2d', 'nf_conv', 'ScaledSum',
+           'NFBlock', 'nf_blocks', 'DyT']
 
 # %% ../../nbs/methods/later.ipynb #l4t00004
 import math
@@ -38,6 +38,7 @@ def rebuild_conv(
     new.load_state_dict(conv.state_dict(), strict=False)
     return new
 
+# %% ../../nbs/methods/later.ipynb #ef34ae48
 def standardize_weight(
     w:torch.Tensor,  # filters, `[out, in, kh, kw]`
     eps:float,       # floor of the variance
@@ -46,11 +47,13 @@ def standardize_weight(
     var, mean = torch.var_mean(w, dim=(1, 2, 3), correction=0, keepdim=True)
     return (w-mean)/(var+eps).sqrt()
 
+# %% ../../nbs/methods/later.ipynb #a95c7981
 class WSConv2d(StdConv2d):
     "timm's `StdConv2d`, which tells the weight that it computes with"
     @property
     def w(self)->torch.Tensor: return standardize_weight(self.weight, self.eps)
 
+# %% ../../nbs/methods/later.ipynb #8abf80b7
 def standardized_conv(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Conv2d:
@@ -82,11 +85,9 @@ class MeanOnlyBatchNorm2d(nn.Module):
         return centred[0] if len(centred) == 1 else torch.cat(centred)
     def scale_shift(self): return torch.ones_like(self.bias), self.bias-self.running_mean
     def copy_mean(self, module, args): self.running_mean.copy_(args[0].mean((0, 2, 3)))  # forward pre-hook of init 'data'
-    def extra_repr(self)->str: return f'{len(self.bias)}' 
+    def extra_repr(self)->str: return f'{len(self.bias)}'
 
 # %% ../../nbs/methods/later.ipynb #l4t0000j
-def mean_only_norm(bn:nn.BatchNorm2d)->nn.Module: return MeanOnlyBatchNorm2d(bn.num_features).to(bn.weight)
-
 def wn_keep_bias(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Module:
@@ -106,6 +107,7 @@ class SkipScale(nn.Module):
     def forward(self, x:torch.Tensor)->torch.Tensor: return x*self.scale.to(x.dtype)
     def scale_shift(self): return self.scale.expand(self.num_features), self.scale.new_zeros(self.num_features)
 
+# %% ../../nbs/methods/later.ipynb #5771081b
 def scale_branches(
     model:nn.Module,  # network whose slots are filled, changed in place
 )->None:
@@ -122,14 +124,14 @@ class NFConv2d(ScaledStdConv2d):
     @property
     def w(self)->torch.Tensor: return standardize_weight(self.weight, self.eps)*self.gain*self.scale
 
-def nf_conv(conv:nn.Conv2d)->nn.Conv2d: return with_zero_bias(rebuild_conv(conv, NFConv2d, gamma=NF_GAMMA))
-
-def with_zero_bias(
-    conv:nn.Conv2d,  # of any kind, changed in place
-)->nn.Conv2d:        # the same
-    "Give a convolution a bias of 0 if it has none"
-    if conv.bias is None: conv.bias = nn.Parameter(torch.zeros_like(conv.weight[:,0,0,0]))
-    return conv
+# %% ../../nbs/methods/later.ipynb #cd983806
+def nf_conv(
+    conv:nn.Conv2d,  # stock convolution
+)->NFConv2d:
+    "Scaled weight standardization, with a bias"
+    new = rebuild_conv(conv, NFConv2d, gamma=NF_GAMMA)
+    if new.bias is None: new.bias = nn.Parameter(torch.zeros_like(new.weight[:,0,0,0]))
+    return new
 
 # %% ../../nbs/methods/later.ipynb #l4t0000s
 class ScaledSum(nn.Module):
@@ -142,6 +144,7 @@ class ScaledSum(nn.Module):
     def forward(self, residual:torch.Tensor, shortcut:torch.Tensor)->torch.Tensor: return shortcut + self.alpha*residual
     def extra_repr(self)->str: return f'alpha={self.alpha}'
 
+# %% ../../nbs/methods/later.ipynb #f7ef0b0c
 class NFBlock(JoinBlock):
     "A timm residual block that acts first, on its input over the standard deviation expected of it"
     def __init__(self,
@@ -193,13 +196,13 @@ class DyT(nn.Module):
     )->torch.Tensor:     # the same shape and dtype
         alpha, gamma, beta = (p.to(x.dtype).view(-1, 1, 1) for p in (self.alpha, self.gamma, self.beta))
         return gamma*torch.tanh(alpha*x) + beta
-    def extra_repr(self)->str: return f'{len(self.gamma)}' 
+    def extra_repr(self)->str: return f'{len(self.gamma)}'
 
 # %% ../../nbs/methods/later.ipynb #l4t00011
 SCHEMES.update(
     gn=Scheme(norm=group_norm),
     gn_ws=Scheme(conv=standardized_conv, norm=group_norm),
-    wn_mbn=Scheme(conv=wn_keep_bias, norm=mean_only_norm, head=weight_normalize, inits=('data', 'norm_preserving', 'torch')),
+    wn_mbn=Scheme(conv=wn_keep_bias, norm=lambda bn: MeanOnlyBatchNorm2d(bn.num_features).to(bn.weight), head=weight_normalize, inits=('data', 'norm_preserving', 'torch')),
     skipinit=Scheme(conv=with_bias, norm=no_norm, finish=scale_branches),
     nf=Scheme(conv=nf_conv, norm=no_norm, act=lambda channels: nn.ReLU(), finish=nf_blocks),
     dyt=Scheme(norm=lambda bn: DyT(bn.num_features).to(bn.weight)),

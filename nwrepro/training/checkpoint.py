@@ -106,13 +106,13 @@ def raise_if_signaled(
     "Raise `Interrupted` if a signal came"
     if number: raise Interrupted(signal.Signals(int(number)).name)
 
+# %% ../../nbs/training/checkpoint.ipynb #2a37ff2d
 class StopSignal:
     "Handler of the signals that ask a run to stop"
     def __init__(self): self.number = None
     def __call__(self, number, frame):
         if number == self.number == signal.SIGINT: raise KeyboardInterrupt('asked to stop twice: nothing was saved')
         self.number = number
-    def raise_if_signaled(self): raise_if_signaled(self.number)
 
 # %% ../../nbs/training/checkpoint.ipynb #34b428fc
 @contextmanager
@@ -128,9 +128,10 @@ def handle_signals(
     finally:
         for number, old in before.items(): signal.signal(number, old or signal.SIG_DFL)
 
+# %% ../../nbs/training/checkpoint.ipynb #f83957a0
 @contextmanager
 def catch_stop_signals():  # yields the `StopSignal`
-    "SIGINT, SIGTERM and SIGUSR1 wait for `raise_if_signaled()`"
+    "SIGINT, SIGTERM and SIGUSR1 wait for `raise_if_signaled`"
     asked = StopSignal()
     with handle_signals(('SIGINT', 'SIGTERM', 'SIGUSR1'), asked): yield asked
 

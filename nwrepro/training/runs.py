@@ -33,10 +33,9 @@ NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0,
 
 def run_name(
     config:dict,                    # parameters; `norm`, `data`, `arch` and `seed` among them
-    ignore:tuple[str,...]=(),       # parameters that do not change the result, such as `workers`
 )->str:                             # one folder's name
     "`{norm}-{data}-{arch}-s{seed}-{hash}`"
-    counted = {k:v for k,v in config.items() if k not in ignore and not (k in NEWER and v == NEWER[k])}
+    counted = {k:v for k,v in config.items() if not (k in NEWER and v == NEWER[k])}
     digest = hashlib.sha256(canonical(counted).encode()).hexdigest()[:8]
     return '-'.join([*(safe(config[k]) for k in ('norm', 'data', 'arch')), f"s{safe(config['seed'])}", digest])
 
