@@ -224,9 +224,8 @@ def map_rates(
     elements = 2**18
     x = torch.randn(elements//channels//64, channels, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     width = torch.promote_types(dtype, torch.float32)  # of a layer's own numbers
-    one, zero, old = torch.ones(channels, dtype=width), torch.zeros(channels,
-        dtype=width), itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
-    alpha = torch.zeros(channels, dtype=width)
+    one, zero, alpha = torch.ones(channels, dtype=width), torch.zeros(channels, dtype=width), torch.zeros(channels, dtype=width)
+    old = itertools.cycle([x.clone() for _ in range(int(256e6/x.nbytes))])
     def norm(): torch.ops.aten.native_batch_norm(x, one, zero, zero.clone(), one.clone(), True, 0.1, 1e-5)
     def norm_back(): torch.ops.aten.native_batch_norm_backward(x, next(old), one, zero, one, zero, one, True, 1e-5, [True]*3)
     def trelu_back(): compiled(trelu_backward)(x, next(old), alpha)
@@ -279,6 +278,7 @@ def kernel_ceilings(
     rate = 8*(9*256**2-64)/max(large-few, 1e-9)
     return found | dict(filters=Ceiling({1: (rate, rate)}, (many-few)/16))
 
+# %% ../../nbs/cost/roofline.ipynb #26b59edf
 def measure_machine(
     precision:str,      # key of `WIDTH`
     device:str,         # cpu or cuda

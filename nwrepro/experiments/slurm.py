@@ -68,6 +68,7 @@ def job_folder(
     "Where submitit keeps the jobs of a run, and their logs"
     return record.path.parent.with_name('jobs')/record.name
 
+# %% ../../nbs/experiments/slurm.ipynb #9f915625
 def link_logs(
     record:Record,  # a run
 )->None:
@@ -84,6 +85,7 @@ def queued_jobs(
     except subprocess.TimeoutExpired: return None
     return dict(line.split() for line in answer.stdout.splitlines()) if answer.returncode == 0 else None
 
+# %% ../../nbs/experiments/slurm.ipynb #e941ea83
 def check_slurm(
 )->None:
     "ValueError where there is no Slurm that answers"
@@ -104,6 +106,7 @@ def last_job(
     numbers = [int(name) for name in names if name.isdigit()]
     return SlurmJob(job_folder(record), str(max(numbers)), [0]) if numbers else None
 
+# %% ../../nbs/experiments/slurm.ipynb #6540f60c
 def submit(
     point,          # of a grid
     hours:float,    # time limit
@@ -134,6 +137,7 @@ def job_state(
     if queue is None or job.job_id in queue: return 'queued'
     return 'over' if is_over else 'failed' if job_error(job) else 'lost'
 
+# %% ../../nbs/experiments/slurm.ipynb #7362935a
 def job_error(
     job,            # submitit's, that the queue no longer has
 )->str|None:        # one sentence

@@ -59,6 +59,7 @@ def best_lrs(
     table = score_table([point for point in points if lr_setting(point.recipe) == lr_setting(recipe)])
     return table['lr'].head(n).tolist()
 
+# %% ../../nbs/experiments/tuning.ipynb #a9edf02f
 def next_lr(
     points:list[Point], # of equal length
     recipe:Recipe,      # whose setting counts
@@ -126,6 +127,7 @@ LR_BOUNDS = [2**-13, 16.]   # learning rates between which probes go down
 PROBE_STEPS = 200           # steps of a probe after its warm-up
 MIN_LR_SHARE = 0.9          # of its lr, which the schedule must keep over them
 
+# %% ../../nbs/experiments/tuning.ipynb #1f34e608
 def learns(
     record:Record,  # of a probe
 )->bool:
@@ -173,6 +175,7 @@ def probe_parameters(
     lengths = dict(max_steps=steps, epochs=math.ceil(20*steps/point.batches))
     return point.given | {name: value for name, value in lengths.items() if point.given.get(name) in (None, 'none')}
 
+# %% ../../nbs/experiments/tuning.ipynb #047419e0
 def lr_ladder(
     given:dict,     # parameter -> value, or list; `lr` the two bounds, `max_steps` the steps of a probe
 ):                  # yields a round of points per learning rate, the largest first

@@ -30,6 +30,7 @@ def scheme_paths(
                              'expected paths of .py files, joined by commas')
     return paths
 
+# %% ../../nbs/methods/custom.ipynb #7c70592c
 def execute_file(
     path:Path,   # of a Python file
     text:str,    # its content
@@ -94,6 +95,7 @@ def scheme_hash(
                          'with `%%writefile my_schemes.py` on top of its cell, and give schemes = my_schemes.py')
     return hashlib.sha256(scheme.source.encode()).hexdigest()[:16]
 
+# %% ../../nbs/methods/custom.ipynb #e7d1c2c5
 @contextmanager
 def recorded_schemes(
     path:Path,  # `scheme.py` in the folder of a run; not there under a scheme of this package

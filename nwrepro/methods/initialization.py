@@ -44,6 +44,7 @@ def layer_channels(
     "Input and output channels, or features"
     return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.in_channels, layer.out_channels)
 
+# %% ../../nbs/methods/initialization.ipynb #9ea9e9bb
 def he_norm(
     layer:nn.Conv2d|nn.Linear,  # layer of any scheme
     part:str='relu',            # as `layer_parts` names it

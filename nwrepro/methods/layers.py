@@ -21,6 +21,7 @@ def ghost_batch_norm(x, bn_batch, count, mean, var, gamma, beta, training, momen
     normed = [F.batch_norm(group, mean, var, gamma, beta, training, momentum, eps) for group in groups]
     return normed[0] if len(normed) == 1 else torch.cat(normed)
 
+# %% ../../nbs/methods/layers.ipynb #d49594e4
 class GhostBatchNorm2d(nn.BatchNorm2d):
     "Batch normalization with training statistics over groups of `bn_batch` images"
     def __init__(self,
@@ -45,6 +46,7 @@ def filter_norms(
     "Euclidean norm of each filter; no copy is made of a channels_last tensor"
     return torch.linalg.vector_norm(v, dim=tuple(range(1, v.ndim)))
 
+# %% ../../nbs/methods/layers.ipynb #0daf8b2c
 @torch.fx.wrap  # one node for those who trace a network, such as feature extractors
 def wn_weight(
     v:torch.Tensor,             # direction of each filter, `[out, ...]`; its own norm is free
@@ -66,6 +68,7 @@ def split_weight(
     layer.register_parameter('g', nn.Parameter(filter_norms(v)) if affine else None)
     if not affine: layer.bias = None
 
+# %% ../../nbs/methods/layers.ipynb #1eca4d9a
 class WNConv2d(nn.Conv2d):
     "`nn.Conv2d` whose filters have direction `v`, `[out, in/groups, kh, kw]`, and norm `g`, `[out]`"
     def __init__(self,

@@ -137,6 +137,7 @@ def last_layer(
     if not layers: raise ValueError(f'{type(model).__name__} has no nn.Conv2d and no nn.Linear, so there is nothing to convert')
     return layers[-1]
 
+# %% ../../nbs/methods/schemes.ipynb #17e9b6c8
 def fill_slots(
     parent:nn.Module,      # module whose children are replaced, at all depths
     slots:Scheme,          # what goes where
@@ -191,12 +192,14 @@ def takes_batch_statistics(
     "Whether a layer takes statistics over a batch in training"
     return getattr(m, 'batch_statistics', isinstance(m, nn.modules.batchnorm._BatchNorm))
 
+# %% ../../nbs/methods/schemes.ipynb #58d3f67e
 def uses_batch_statistics(
     model:nn.Module,  # network of any scheme
 )->bool:
     "Whether an image's output depends on the rest of its batch in training"
     return any(map(takes_batch_statistics, model.modules()))
 
+# %% ../../nbs/methods/schemes.ipynb #5d1b2edf
 def set_statistics_batch(
     model:nn.Module,  # network of any scheme, changed in place
     bn_batch:int|None,  # images that share batch statistics; None = all of a batch

@@ -95,6 +95,7 @@ def warmup_steps(
     "How many steps the learning rate rises"
     return min(round(recipe.warmup_epochs*batches), recipe.epochs*batches-1)
 
+# %% ../../nbs/training/build.ipynb #732bf47d
 def make_schedule(
     optimizer:torch.optim.Optimizer,  # as `make_optimizer` makes it
     recipe:Recipe,                    # schedule, epochs, warmup_epochs

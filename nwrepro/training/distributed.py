@@ -22,23 +22,27 @@ from ..methods.schemes import takes_batch_statistics
 # %% ../../nbs/training/distributed.ipynb #7d87b811
 WAIT = timedelta(minutes=float(os.environ.get('NWREPRO_WAIT', 10)))
 
+# %% ../../nbs/training/distributed.ipynb #6f959322
 def on_cpu(
 )->bool:
     "Do several processes run on CPUs, with gloo? (Apple's GPU has no collectives)"
     device = torch.accelerator.current_accelerator(check_available=True)
     return 'RANK' in os.environ and (device is None or device.type == 'mps')
 
+# %% ../../nbs/training/distributed.ipynb #99061253
 def first_line(
     error:Exception,  # of any length
 )->str:
     "The first line of its message"
     return str(error).partition('\n')[0] or type(error).__name__
 
+# %% ../../nbs/training/distributed.ipynb #a908a4b8
 def close_distributed(
 )->None:
     "Destroy the process group, if there is one"
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
+# %% ../../nbs/training/distributed.ipynb #88e3e41c
 def init_distributed(
 )->PartialState:  # `process_index`, `num_processes`, `is_main_process`, ...; a single process where torchrun started none
     "Join the process group of torchrun; ValueError if that fails"
@@ -62,6 +66,7 @@ def make_accelerator(
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # NOTE: else running statistics of the other ranks would be lost
     return Accelerator(cpu=on_cpu(), kwargs_handlers=[ddp])
 
+# %% ../../nbs/training/distributed.ipynb #dd6965fc
 def wrap_ddp(
     accelerator:Accelerator,  # as `make_accelerator` returns it
     model:nn.Module,          # network, on its device
@@ -126,6 +131,7 @@ def mark_shared(
     error.shared = True
     return error
 
+# %% ../../nbs/training/distributed.ipynb #03012b2e
 def broadcast(
     dist,  # as `init_distributed` returns it
     f,     # called in the first process
@@ -191,6 +197,7 @@ def layers_with_running_stats(
     "Layers whose running statistics depend on the images they have seen"
     return [m for m in model.modules() if takes_batch_statistics(m) and m.running_mean is not None]
 
+# %% ../../nbs/training/distributed.ipynb #d3fe39f2
 def running_stats(
     layers:list,      # as `layers_with_running_stats` lists them
 )->list:              # mean and variance of each in turn, `[channels]`; the mean alone where there is no variance

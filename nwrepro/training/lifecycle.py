@@ -7,10 +7,7 @@ __all__ = ['run_config', 'check_provenance', 'check_images', 'begin_run', 'resum
            'recipe_of', 'trained']
 
 # %% ../../nbs/training/lifecycle.ipynb #0dd3ff64
-import math
-import os
-import re
-import shlex
+import math, os, re, shlex
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 import torch
@@ -121,6 +118,7 @@ def final_weights(
         return re.sub(r'join\.alpha$', 'act3.alpha' if k.replace('join.alpha', 'conv3.v') in state else 'act2.alpha', k)
     return {name(k): v for k, v in state.items()}
 
+# %% ../../nbs/training/lifecycle.ipynb #d9bd91d2
 @torch.no_grad()
 def load_result(
     model:nn.Module,  # network of the run's recipe, changed in place
@@ -146,6 +144,7 @@ def recipe_of(
     known = DEFAULTS | NEWER | RECIPES[run.config['recipe']] | run.config
     return Recipe(**{field.name: known.get(field.name) for field in fields(Recipe)})
 
+# %% ../../nbs/training/lifecycle.ipynb #4d2c1c3f
 def trained(
     run:Record,   # finished, with its weights on this machine
 )->nn.Module:     # on the CPU, in eval mode

@@ -20,6 +20,7 @@ def flat_in_memory_order(
     "All elements, as they lie in memory"
     return (t.movedim(1, -1) if t.is_contiguous(memory_format=torch.channels_last) else t).reshape(-1)
 
+# %% ../../nbs/training/monitor.ipynb #01884216
 def grad_norm(
     params,             # parameters, any iterable; those without a gradient count as 0
 )->torch.Tensor:        # one value

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORDS', 'Rule', 'RULES', 'DEFAULTS', 'RECIPES', 'SETTINGS', 'TUNED_BY', 'Facts', 'text', 'flag', 'whole', 'number',
            'ParameterTable', 'NetworkParameters', 'TrainingParameters', 'Parameters', 'validate', 'parse_value',
-           'Checked', 'check_parameters', 'notebook_parameters', 'Recipe', 'tuned_table', 'tuned_epochs', 'tuned_lr',
-           'scheme_facts', 'network_defaults', 'make_recipe', 'check_sizes']
+           'Checked', 'check_parameters', 'notebook_parameters', 'NetworkRecipe', 'Recipe', 'tuned_table',
+           'tuned_epochs', 'tuned_lr', 'scheme_facts', 'network_defaults', 'make_recipe', 'check_sizes']
 
 # %% ../../nbs/training/recipe.ipynb #44b189b8
 import csv, shlex
@@ -27,6 +27,7 @@ from ..methods.schemes import convert, parameter_roles, uses_batch_statistics
 def _declared(kind, words, default, none, **limits):
     return Field(default, description=words+(f'; none = {none}' if none else ''), json_schema_extra=dict(kind=kind), **limits)
 
+# %% ../../nbs/training/recipe.ipynb #3d566247
 def text(words, default=None, none=''): return _declared(str, words, default, none)
 def flag(words, default=None, none=''): return _declared(bool, words, default, none)
 def whole(words, ge, default=None, none=''): return _declared(int, f'{words}, a whole number of at least {ge}', default, none, ge=ge)
@@ -127,6 +128,7 @@ def validate(
         name = error.errors(include_url=False)[0]['loc'][0]
         raise ValueError(f'{name} = {given[name]} is not accepted: expected {table.model_fields[name].description}') from None
 
+# %% ../../nbs/training/recipe.ipynb #41ddcd66
 def parse_value(
     name:str,  # parameter of a run
     value,     # what was given: a Python value, or text from a command line
@@ -186,8 +188,8 @@ SETTINGS['cifar10-jpeg'] = SETTINGS['cifar10']
 
 # %% ../../nbs/training/recipe.ipynb #d28d099d
 @dataclass(frozen=True)
-class Recipe:
-    "All that defines a run, resolved; provenance of each default is in the tables above"
+class NetworkRecipe:
+    "What is trained, resolved"
     norm:str                # scheme in `SCHEMES`
     scheme:str|None         # fingerprint of the file that the scheme comes from; None = this package
     init:str                # name in `INITS`, or 'keep'
@@ -201,6 +203,11 @@ class Recipe:
     width:float             # factor on all channels
     strides:str             # 'v1' or 'v1.5'
     recipe:str              # name in `RECIPES`
+
+# %% ../../nbs/training/recipe.ipynb #3883bc2c
+@dataclass(frozen=True)
+class Recipe(NetworkRecipe):
+    "All that defines a run, resolved; provenance of each default is in the tables above"
     epochs:int              # passes over the training images
     max_steps:int|None      # stop after so many steps
     batch_size:int          # images per step, over all processes
@@ -241,6 +248,7 @@ def tuned_table(
 # %% ../../nbs/training/recipe.ipynb #9fa3b37b
 def tuned_epochs(epochs): return {str(epochs), str(max(2, round(epochs/3)))}  # of the runs that found a learning rate
 
+# %% ../../nbs/training/recipe.ipynb #4b7be2bc
 def tuned_lr(
     setting:dict,  # name -> value, the names in `TUNED_BY` among them, and `epochs`, if the length counts
 )->float:          # peak learning rate
@@ -274,6 +282,7 @@ def network_defaults(
     nv = values['arch'] == 'cifar10_nv'
     return dict(init='keep' if nv and scheme.inits[0] == 'torch' else scheme.inits[0]) | (dict(image_size=28) if nv else {})
 
+# %% ../../nbs/training/recipe.ipynb #7def0220
 def make_recipe(
     given:dict,     # parameters, as `check_parameters` takes them
     source:Source,  # the data they name

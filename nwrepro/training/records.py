@@ -33,6 +33,7 @@ def origin(
     hardware = ' + '.join(machine.get('gpus') or [machine.get('cpu') or 'unknown'])
     return dict(code=known.get('code'), dirty=known.get('git', {}).get('dirty'), hardware=hardware)
 
+# %% ../../nbs/training/records.ipynb #b73daca3
 def load_runs(
     folder:str|Path|None=None,      # folder of runs; None = `reports/runs` of the project
 )->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary, and `code`, `dirty` and `hardware` of its provenance
