@@ -56,7 +56,7 @@ def he_norm(
 # %% ../../nbs/methods/initialization.ipynb #29b26cf5
 @torch.no_grad()
 def set_filters(
-    layer:nn.Module,          # plain or weight-normalised layer, changed in place
+    layer:nn.Module,          # plain or weight-normalized layer, changed in place
     direction:torch.Tensor,   # `[out, in, kh, kw]` or `[out, in]`, of any norm
     g:torch.Tensor|float,     # norm of each filter, `[out]` or one for all
     bias:torch.Tensor|float=0.,  # `[out]` or one for all
@@ -131,7 +131,7 @@ def init_data(
     model:nn.Module,           # network whose layers have biases, or mean-only batch normalization behind them; changed in place
     x:torch.Tensor|None=None,  # one batch of images, `[N, 3, H, W]`; a few hundred are enough
 )->None:
-    "Random directions, then norms and biases that normalise each layer's outputs on the batch `x`"
+    "Random directions, then norms and biases that normalize each layer's outputs on the batch `x`"
     if x is None: raise ValueError("init 'data' needs a batch of images: pass x, [N, 3, H, W]")
     init_torch(model)
     hooks = [m.register_forward_pre_hook(partial(normalize_outputs, part=part)) for m, (part, _) in layer_parts(model).items()]

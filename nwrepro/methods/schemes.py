@@ -23,7 +23,7 @@ from .layers import GhostBatchNorm2d, NPAdd, NPReLU, TReLU, WNAdd, weight_normal
 def keep_module(
     module:nn.Module,  # stock module
 )->nn.Module:          # the same
-    "Leave a slot as it is"
+    "Leave a slot unchanged"
     return module
 
 # %% ../../nbs/methods/schemes.ipynb #e1b7e985

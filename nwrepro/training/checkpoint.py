@@ -18,12 +18,12 @@ from .runs import Record, read_json, read_metrics
 from .files import write_atomic
 
 # %% ../../nbs/training/checkpoint.ipynb #6a8a8881
-LOCKS = {}  # path of a lock -> lock that this process has; one that nothing refers to would be given back
+LOCKS = {}  # path of a lock -> lock that this process holds; without a reference it would be released
 
 def lock_files(
     run:Record,  # its folder need not exist
 )->tuple[Path,Path]:  # the lock, and a line that names its holder
-    "Where the lock of a run is"
+    "Paths of the lock of a run"
     return run.checkpoints.with_name(f'{run.name}.lock'), run.checkpoints.with_name(f'{run.name}.holder')
 
 # %% ../../nbs/training/checkpoint.ipynb #c4f69802
@@ -38,7 +38,7 @@ def acquire_lock(
     try: (lock := FileLock(path)).acquire(timeout=wait)
     except Timeout:
         who = holder.read_text().strip() if holder.exists() else 'another process'
-        raise ValueError(f'run {run.name} is in the hands of {who}: wait for its end, or stop it and give the command again') from None
+        raise ValueError(f'run {run.name} is locked by {who}: wait for its end, or stop it and give the command again') from None
     LOCKS[path] = lock
     now = datetime.now(timezone.utc).isoformat(' ', 'seconds')
     write_atomic(holder, f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
@@ -139,7 +139,7 @@ def catch_stop_signals():  # yields the `StopSignal`
 def recorded_provenance(
     run:Record,       # a run that was begun
 )->dict[str,str]:     # `code`, `images` and the version of each library
-    "What a run was begun with, or last resumed with"
+    "Code, images and libraries that a run began with, or last resumed with"
     config = read_json(run.path/'config.json')
     origin = config.get('provenance', {})
     known = dict(code=origin.get('code'), images=config.get('source', {}).get('fingerprint')) | origin.get('versions', {})
@@ -152,7 +152,7 @@ def provenance_changes(
     run:Record,   # a run that was begun
     now:dict,     # as `recorded_provenance`, here and now
 )->dict:          # name -> [before, now] of what differs
-    "What differs from the record"
+    "Code, images and libraries that differ from those in the record"
     known = recorded_provenance(run)
     return {name: [known.get(name), value] for name, value in now.items() if known.get(name) != value}
 
@@ -165,8 +165,8 @@ def describe_os_error(
     where, why = error.filename or run.path, error.strerror or error
     if error.errno in (errno.ENOSPC, errno.EDQUOT): what = f'there is no space left for {where}: free some'
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM): what = f'{where} cannot be written ({why}): make that folder writable'
-    else: what = f'{where} cannot be used ({why}): mend that'
-    return f'{what} and give the same command again, which goes on from the last state of the run'
+    else: what = f'{where} cannot be used ({why}): fix that'
+    return f'{what} and give the same command again, which resumes from the last state of the run'
 
 # %% ../../nbs/training/checkpoint.ipynb #ed49d5c8
 @contextmanager

@@ -15,7 +15,7 @@ from .runs import RESULTS, Record
 # %% ../../nbs/training/records.ipynb #f7aa6360
 def records(
     folder:str|Path|None=None,      # folder of runs; None = `reports/runs` of the project
-)->list[Record]:                    # by name; without those that were moved aside
+)->list[Record]:                    # by name; without those renamed to `*.old-*`
     "Every run of a folder and of the packs in it, ended or not; where a run is in both, its folder counts"
     folder = Path(folder or project_root()/'reports'/'runs')
     paths = {p.name: p for pack in sorted(folder.glob('*.zip'), reverse=True) for p in zipfile.Path(pack).iterdir() if p.is_dir()}
@@ -27,7 +27,7 @@ def records(
 def origin(
     record:Record,
 )->dict:    # `code`, `dirty`, `hardware`
-    "What a run was made by"
+    "Code and hardware that made a run"
     known = record.provenance
     machine = known.get('machine', {})
     hardware = ' + '.join(machine.get('gpus') or [machine.get('cpu') or 'unknown'])

@@ -29,7 +29,7 @@ def safe(
     return re.sub(r'[^A-Za-z0-9._-]|^\.', '_', str(word))[:40]
 
 # %% ../../nbs/training/runs.ipynb #95da280a
-NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0, augment='crop+mirror', eval_images=None, mixup=0., freeze_statistics=None)  # parameters that runs of before lack, and what they were then
+NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0, augment='crop+mirror', eval_images=None, mixup=0., freeze_statistics=None)  # parameters that earlier records lack, and their value in those runs
 
 def run_name(
     config:dict,                    # parameters; `norm`, `data`, `arch` and `seed` among them
@@ -43,7 +43,7 @@ def run_name(
 def from_line(
     line:bytes,     # one line of a record
 )->dict:            # its values
-    "Read one line; ValueError where it is torn"
+    "Read one line; ValueError if it is incomplete"
     if not isinstance(value := json.loads(line), dict): raise ValueError('not a JSON object')
     return restored(value)
 
@@ -58,7 +58,7 @@ def read_metrics(
         try: values.append(from_line(line))
         except ValueError:
             if n == len(lines): break
-            raise ValueError(f'{path}: record {n} of {len(lines)} is damaged, which no cut explains: restore the file, or start the run over with fresh=True') from None
+            raise ValueError(f'{path}: record {n} of {len(lines)} is damaged, which no interruption explains: restore the file, or start the run over with fresh=True') from None
     return values
 
 # %% ../../nbs/training/runs.ipynb #5231a8a9
@@ -112,7 +112,7 @@ class Record:
 
 # %% ../../nbs/training/runs.ipynb #771bcda0
 class Log(Record):
-    "A run whose record is being written"
+    "A record that grows line by line"
     def log(self,
         event:str,          # 'train', 'eval', 'probe', 'resume', ...
         step:int,           # optimizer steps done
@@ -124,8 +124,8 @@ class Log(Record):
         try:
             with path.open('a', encoding='utf-8') as f: f.write(line)
         except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None
-    def cut(self,
-        step:float,             # the last step to keep; `math.inf` cuts a torn last line only
+    def truncate(self,
+        step:float,             # the last step to keep; `math.inf` removes an incomplete last line only
         redo:tuple[str,...]=(), # events that will happen once more at this very step
     )->None:
         def stays(event, at): return event == 'resume' or at < step or at == step and event not in redo
@@ -143,8 +143,8 @@ def move_aside(
 
 # %% ../../nbs/training/runs.ipynb #6b14a330
 class Run(Log):
-    "A run from its first start to its end"
-    changed = {}  # name -> [before, now] of what it was allowed to go on without
+    "The record of a run from its begin to its end"
+    changed = {}  # name -> [before, now] of code, libraries and images that changed since it began
     def begin(self,
         config:dict,            # parameters
         provenance:dict,        # as `provenance()` returns it
@@ -155,12 +155,12 @@ class Run(Log):
             raise ValueError(f'run {self.name} has ended ({status}): read its summary, or pass fresh=True to start over (the old run is kept)')
         self.path = self.folder/self.name  # a packed run stays in its pack
         if fresh: move_aside(self.path, self.checkpoints)
-        elif status == 'new': move_aside(self.checkpoints)  # weights without a run: nobody knows whose
+        elif status == 'new': move_aside(self.checkpoints)  # weights without a record
         for half in (*self.path.glob('.*.part'), *self.checkpoints.glob('.*.part')): half.unlink(missing_ok=True)  # a killed process cannot
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config: write_atomic(self.path/'config.json', to_json({**config, 'provenance': provenance}, indent=1)+'\n')
         (self.path/'summary.json').unlink(missing_ok=True)
-        self.cut(math.inf)
+        self.truncate(math.inf)
     def predictions(self,
         rows,                   # (image, label, prediction) per test image; `image` is its place among the images of the source, or a name
     )->None:
@@ -168,7 +168,7 @@ class Run(Log):
         write_atomic(self.path/'predictions.csv', text.getvalue())
     def finish(self,
         status:str,             # 'finished', 'diverged' or 'interrupted'
-        **summary               # what the run came to
+        **summary               # its results
     )->None:
         if status not in ENDS: raise ValueError(f'unknown status {status!r} of a run: accepted: {", ".join(ENDS)}')
         write_atomic(self.path/'summary.json', to_json(dict(status=status, **summary), indent=1)+'\n')

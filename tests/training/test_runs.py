@@ -247,7 +247,7 @@ def test_cut_drops_later_steps_and_nothing_else(lines, step):
     run.path.mkdir(exist_ok=True)
     def text(kept): return ''.join(to_json(line, separators=(',', ':'))+'\n' for line in kept)
     (run.path/'metrics.jsonl').write_text(text(lines))
-    run.cut(step)
+    run.truncate(step)
     assert (run.path/'metrics.jsonl').read_text() == text(line for line in lines if line['step'] <= step or line['event'] == 'resume')
 
 
