@@ -21,7 +21,8 @@ from filelock import FileLock
 from .grid import Point, expand_grid, make_points
 from ..common import choose, project_root
 from ..training.build import make_schedule, warmup_steps
-from ..training.recipe import RULES, TUNED_BY, ParameterTable, Recipe, flag, notebook_parameters, number, parse_value, text, tuned_table, validate, whole
+from ..training.recipe import (RULES, TUNED_BY, ParameterTable, Recipe, flag, notebook_parameters, number, parse_value, text,
+                                     tuned_table, validate, whole)
 from ..training.runs import Record
 from ..training.files import write_atomic
 

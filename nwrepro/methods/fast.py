@@ -98,18 +98,15 @@ class WNSGD(torch.optim.Optimizer):
                                       weight_decay_v=weight_decay_v, weight_decay_g=weight_decay_g, compile=compile))
     def add_param_group(self, group):
         super().add_param_group(group)
-        if self.param_groups[-1]['weight_norm'] not in (None, 'affine', 'strict'):
-            raise ValueError(f"weight_norm = {self.param_groups[-1]['weight_norm']} is not accepted: expected 'affine', 'strict' or None")
+        if (kind := self.param_groups[-1]['weight_norm']) not in (None, 'affine', 'strict'):
+            raise ValueError(f"weight_norm = {kind} is not accepted: expected 'affine', 'strict' or None")
     @torch.no_grad()
-    def step(self, closure=None):
-        with torch.enable_grad(): loss = closure and closure()
+    def step(self):
         for group in self.param_groups: (step_normalized if group['weight_norm'] else step_plain)(self, group)
-        return loss
     @torch.no_grad()
     def grad_norm(self)->torch.Tensor:  # one value
         "Norm of the gradient with respect to all parameters, `v` and `g` of normalized weights among them"
-        weights = [(w, group) for group in self.param_groups for w in group['params'] if w.grad is not None]
-        return sum(squared_gradients(self, w, group) if group['weight_norm'] else w.grad.square().sum() for w, group in weights).sqrt()
+        return sum(squared_gradients(self, w, group) for group in self.param_groups for w in group['params'] if w.grad is not None).sqrt()
     def clip_grad_norm_(self, max_norm:float)->torch.Tensor:  # norm before clipping
         "Scale all gradients such that `grad_norm` is at most `max_norm`"
         nn.utils.clip_grads_with_norm_([p for group in self.param_groups for p in group['params']], max_norm, norm := self.grad_norm())
@@ -144,7 +141,8 @@ def step_normalized(optimizer, group):
 
 # %% ../../nbs/methods/fast.ipynb #b2586d2d
 def squared_gradients(optimizer, w, group):
-    "Sum of the squared gradients of `v` and `g` of one weight"
+    "Sum of the squared gradients of one parameter, or of `v` and `g` of a normalized weight"
+    if not group['weight_norm']: return w.grad.square().sum()
     norm_v, strict = filter_state(optimizer, w)['norm_v'], group['weight_norm'] == 'strict'
     rows, d = w.flatten(1), w.grad.flatten(1)
     ww, wd, dd = row_dot(rows, rows), row_dot(rows, d), row_dot(d, d)

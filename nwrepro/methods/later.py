@@ -202,7 +202,8 @@ class DyT(nn.Module):
 SCHEMES.update(
     gn=Scheme(norm=group_norm),
     gn_ws=Scheme(conv=standardized_conv, norm=group_norm),
-    wn_mbn=Scheme(conv=wn_keep_bias, norm=lambda bn: MeanOnlyBatchNorm2d(bn.num_features).to(bn.weight), head=weight_normalize, inits=('data', 'norm_preserving', 'torch')),
+    wn_mbn=Scheme(conv=wn_keep_bias, norm=lambda bn: MeanOnlyBatchNorm2d(bn.num_features).to(bn.weight), head=weight_normalize,
+                  inits=('data', 'norm_preserving', 'torch')),
     skipinit=Scheme(conv=with_bias, norm=no_norm, finish=scale_branches),
     nf=Scheme(conv=nf_conv, norm=no_norm, act=lambda channels: nn.ReLU(), finish=nf_blocks),
     dyt=Scheme(norm=lambda bn: DyT(bn.num_features).to(bn.weight)),

@@ -21,7 +21,6 @@ def ghost_batch_norm(x, bn_batch, count, mean, var, gamma, beta, training, momen
     normed = [F.batch_norm(group, mean, var, gamma, beta, training, momentum, eps) for group in groups]
     return normed[0] if len(normed) == 1 else torch.cat(normed)
 
-# %% ../../nbs/methods/layers.ipynb #d49594e4
 class GhostBatchNorm2d(nn.BatchNorm2d):
     "Batch normalization with training statistics over groups of `bn_batch` images"
     def __init__(self,
@@ -68,7 +67,6 @@ def split_weight(
     layer.register_parameter('g', nn.Parameter(filter_norms(v)) if affine else None)
     if not affine: layer.bias = None
 
-# %% ../../nbs/methods/layers.ipynb #1eca4d9a
 class WNConv2d(nn.Conv2d):
     "`nn.Conv2d` whose filters have direction `v`, `[out, in/groups, kh, kw]`, and norm `g`, `[out]`"
     def __init__(self,

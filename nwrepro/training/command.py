@@ -13,7 +13,8 @@ from .checkpoint import Interrupted, handle_signals, read_checkpoint, release_lo
 from .data import Source
 from .sources import load_source
 from ..common import shown
-from .distributed import NonMainRun, check_equal, run_on_all_ranks, first_line, broadcast, is_connection_error, init_distributed, torchrun
+from .distributed import (NonMainRun, broadcast, check_equal, first_line, init_distributed, is_connection_error,
+                                         run_on_all_ranks, torchrun)
 from .build import first_images, make_model, make_optimizer, make_views
 from .lifecycle import begin_run, load_result, recipe_of
 from .engine import fit_options

@@ -308,8 +308,8 @@ def leave_interrupted(
     finish(training, 'interrupted')
     if between_steps: dist.wait_for_everyone()  # or torchrun would end the process that still writes
     if not dist.is_main_process: raise Interrupted(signal)
-    step = f'after step {training.progress.step}, which is saved' if between_steps else 'in the middle of a step, to resume from its last checkpoint'
-    raise Interrupted(f'{signal} stopped the run {step}; to go on: '
+    saved, cut = f'after step {training.progress.step}, which is saved', 'in the middle of a step, to resume from its last checkpoint'
+    raise Interrupted(f'{signal} stopped the run {saved if between_steps else cut}; to go on: '
                       f'{resume_command(training.run)}') from None
 
 # %% ../../nbs/training/loop.ipynb #d2122be1

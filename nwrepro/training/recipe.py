@@ -168,11 +168,11 @@ def notebook_parameters(
 # %% ../../nbs/training/recipe.ipynb #b086a21e
 RECIPES = dict(
     paper=dict(strides='v1', batch_size=256, bn_batch=32, epochs=120, schedule='poly', warmup_epochs=1., momentum=0.9, weight_decay=1e-4,
-               decay_on='all', zero_init=False, bn_eps=1e-4, pipeline='period', augment='crop+mirror', label_smoothing=0., precision='fp32', channels_last=True,
-               compile='kernels'),
-    modern=dict(strides='v1.5', batch_size=256, bn_batch=32, epochs=100, schedule='cosine', warmup_epochs=5., momentum=0.9, weight_decay=5e-5,
-                decay_on='v+w', zero_init=True, bn_eps=1e-5, pipeline='modern', augment='crop+mirror', label_smoothing=0.1, precision='bf16', channels_last=True,
-                compile='kernels'),
+               decay_on='all', zero_init=False, bn_eps=1e-4, pipeline='period', augment='crop+mirror', label_smoothing=0.,
+               precision='fp32', channels_last=True, compile='kernels'),
+    modern=dict(strides='v1.5', batch_size=256, bn_batch=32, epochs=100, schedule='cosine', warmup_epochs=5., momentum=0.9,
+                weight_decay=5e-5, decay_on='v+w', zero_init=True, bn_eps=1e-5, pipeline='modern', augment='crop+mirror',
+                label_smoothing=0.1, precision='bf16', channels_last=True, compile='kernels'),
 )
 
 # %% ../../nbs/training/recipe.ipynb #b93981c8
@@ -235,15 +235,16 @@ class Recipe(NetworkRecipe):
     seed:int                # weights, data order, augmentation, dropout
 
 # %% ../../nbs/training/recipe.ipynb #db01909e
-TUNED_BY = ('data', 'arch', 'image_size', 'recipe', 'norm', 'init', 'zero_init', 'batch_size', 'stem', 'width', 'weight_decay', 'precision', 'augment')
+TUNED_BY = ('data', 'arch', 'image_size', 'recipe', 'norm', 'init', 'zero_init', 'batch_size', 'stem', 'width', 'weight_decay',
+            'precision', 'augment')
 
 def tuned_table(
 )->list[dict]:  # as text; empty where nothing was tuned
-    "Rows of `reports/tuned_lr.csv`, with the columns that a table of before lacks"
+    "Rows of `reports/tuned_lr.csv`, with the columns that an older table lacks"
     path = project_root()/'reports'/'tuned_lr.csv'
     rows = list(csv.DictReader(path.read_text(encoding='utf-8').splitlines())) if path.is_file() else []
-    def of_before(row): return dict(stem='imagenet', width='1.0') | {name: str(RECIPES[row['recipe']][name]) for name in ('weight_decay', 'precision', 'augment')}
-    return [of_before(row) | row for row in rows]
+    def missing(row): return {name: str(RECIPES[row['recipe']][name]) for name in ('weight_decay', 'precision', 'augment')}
+    return [dict(stem='imagenet', width='1.0') | missing(row) | row for row in rows]
 
 # %% ../../nbs/training/recipe.ipynb #9fa3b37b
 def tuned_epochs(epochs): return {str(epochs), str(max(2, round(epochs/3)))}  # of the runs that found a learning rate
@@ -258,8 +259,11 @@ def tuned_lr(
     for row in sorted(tuned_table(), key=lambda row: row.get('epochs') not in length.values()):  # of the same length first
         fits = not length or row.get('epochs') is None or row['epochs'] in tuned_epochs(setting['epochs'])
         if fits and all(row[name] == value for name, value in wanted.items()): return float(row['lr'])
-    command = ['papermill', 'nbs/sweep.ipynb', 'reports/tune_lr.ipynb', '-p', 'grid', 'tune_lr', *(word for pair in (wanted | length).items() for word in ('-p', *pair))]
-    raise ValueError(f"lr = tuned finds no row for {', '.join(f'{k} {v}' for k, v in (wanted | length).items())} in reports/tuned_lr.csv: give a number, or run `{shlex.join(command)}`")
+    asked = wanted | length
+    options = [word for pair in asked.items() for word in ('-p', *pair)]
+    command = shlex.join(['papermill', 'nbs/sweep.ipynb', 'reports/tune_lr.ipynb', '-p', 'grid', 'tune_lr', *options])
+    raise ValueError(f"lr = tuned finds no row for {', '.join(f'{k} {v}' for k, v in asked.items())} in reports/tuned_lr.csv: "
+                     f'give a number, or run `{command}`')
 
 # %% ../../nbs/training/recipe.ipynb #s7f4c7s1
 Facts = namedtuple('Facts', 'batch_statistics roles')
@@ -292,12 +296,13 @@ def make_recipe(
     norm, data = values['norm'], data_set(source)
     table = SETTINGS.get(data, SETTINGS['imagenette'])
     filled = RECIPES[values['recipe']] | table | network_defaults(values, SCHEMES[norm]) | dict(lr=table['lr'].get(norm))
-    filled |= {k: v for k, v in values.items() if v is not None} | dict(data=data, scheme=scheme_hash(norm), images=None if source.name in SETTINGS else source.fingerprint[:16])
+    images = None if source.name in SETTINGS else source.fingerprint[:16]
+    filled |= {k: v for k, v in values.items() if v is not None} | dict(data=data, scheme=scheme_hash(norm), images=images)
     filled['subset_seed'] = 0 if not values['train_images'] else values['seed'] if values['subset_seed'] is None else values['subset_seed']
-    if filled['lr'] is None: raise ValueError(f'norm {norm!r} has no default learning rate on {data}: give lr, a number, or tuned where a sweep has found one')
+    if filled['lr'] is None:
+        raise ValueError(f'norm {norm!r} has no default learning rate on {data}: give lr, a number, or tuned where a sweep has found one')
     if filled['lr'] == 'tuned': filled['lr'] = tuned_lr(filled)
-    names = [f.name for f in fields(Recipe)]
-    recipe = Recipe(**{name: filled.get(name) for name in names})
+    recipe = Recipe(**{field.name: filled.get(field.name) for field in fields(Recipe)})
     check_sizes(recipe, source)
     return recipe
 
@@ -310,12 +315,15 @@ def check_sizes(
     images = recipe.train_images or len(source.train)
     images = round(images*(1-recipe.holdout))
     if recipe.batch_size > images:
-        raise ValueError(f'batch_size = {recipe.batch_size} is more than the {images} training images of {recipe.data}: give a batch_size of at most {images}')
+        raise ValueError(f'batch_size = {recipe.batch_size} is more than the {images} training images of {recipe.data}: '
+                         f'give a batch_size of at most {images}')
     facts = scheme_facts(recipe)
     if facts.batch_statistics and recipe.batch_size > recipe.bn_batch and recipe.batch_size % recipe.bn_batch:
-        raise ValueError(f'batch_size = {recipe.batch_size} is not a multiple of bn_batch = {recipe.bn_batch}: give a multiple, or a bn_batch that divides it')
+        raise ValueError(f'batch_size = {recipe.batch_size} is not a multiple of bn_batch = {recipe.bn_batch}: '
+                         'give a multiple, or a bn_batch that divides it')
     if recipe.freeze_statistics is not None and not facts.batch_statistics:
-        raise ValueError(f'freeze_statistics = {recipe.freeze_statistics} has nothing to freeze, since norm {recipe.norm!r} takes no batch statistics: leave it out')
+        raise ValueError(f'freeze_statistics = {recipe.freeze_statistics} has nothing to freeze, '
+                         f'since norm {recipe.norm!r} takes no batch statistics: leave it out')
     if recipe.warmup_epochs >= recipe.epochs and recipe.warmup_epochs > 1:
         raise ValueError(f'warmup_epochs = {recipe.warmup_epochs} leaves nothing of epochs = {recipe.epochs}: give fewer warmup_epochs')
     roles = {'w', 'b', 'v', 'g', 'gamma', 'beta', 'alpha', 'u'} | facts.roles

@@ -36,9 +36,9 @@ def origin(
 # %% ../../nbs/training/records.ipynb #b73daca3
 def load_runs(
     folder:str|Path|None=None,      # folder of runs; None = `reports/runs` of the project
-)->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary, and `code`, `dirty` and `hardware` of its provenance
+)->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary, and what `origin` says
     "Every run of a folder and of the packs in it, as one table"
-    rows = [dict(run=run.name, status=run.status) | run.config | run.summary | dict(status=run.status) | origin(run) for run in records(folder)]
+    rows = [dict(run=r.name, status=r.status) | r.config | r.summary | dict(status=r.status) | origin(r) for r in records(folder)]
     for norm in {row.get('norm') for row in rows}:
         own = [row for row in rows if row.get('norm') == norm]
         if len({row.get('scheme') for row in own}) > 1: [row.update(norm=f"{norm} ({str(row.get('scheme'))[:6]})") for row in own]
@@ -77,6 +77,7 @@ def check_pack(
     with zipfile.ZipFile(path) as archive:
         listed = {f'{run}/{file}': digest for run, file, _, digest in list(csv.reader(archive.read('files.csv').decode().splitlines()))[1:]}
         there = set(archive.namelist())-{'files.csv'}
-        odd = sorted(there^set(listed))+sorted(name for name in there&set(listed) if hashlib.sha256(archive.read(name)).hexdigest() != listed[name])
+        changed = [name for name in there&set(listed) if hashlib.sha256(archive.read(name)).hexdigest() != listed[name]]
+    odd = sorted(there^set(listed))+sorted(changed)
     if odd: raise ValueError(f"{path} is damaged: {', '.join(odd)} differ from its files.csv; take the file from the repository again")
     return len(listed)

@@ -29,7 +29,8 @@ def safe(
     return re.sub(r'[^A-Za-z0-9._-]|^\.', '_', str(word))[:40]
 
 # %% ../../nbs/training/runs.ipynb #95da280a
-NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0, augment='crop+mirror', eval_images=None, mixup=0., freeze_statistics=None)  # parameters that earlier records lack, and their value in those runs
+NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0, augment='crop+mirror', eval_images=None, mixup=0.,
+             freeze_statistics=None)  # parameters that earlier records lack, and their value in those runs
 
 def run_name(
     config:dict,                    # parameters; `norm`, `data`, `arch` and `seed` among them
@@ -58,7 +59,8 @@ def read_metrics(
         try: values.append(from_line(line))
         except ValueError:
             if n == len(lines): break
-            raise ValueError(f'{path}: record {n} of {len(lines)} is damaged, which no interruption explains: restore the file, or start the run over with fresh=True') from None
+            raise ValueError(f'{path}: record {n} of {len(lines)} is damaged, which no interruption explains: '
+                             'restore the file, or start the run over with fresh=True') from None
     return values
 
 # %% ../../nbs/training/runs.ipynb #5231a8a9
@@ -80,8 +82,9 @@ def record_path(
 )->Path:            # its folder, there or not; a `zipfile.Path` where the run is packed
     "Where the files of a run are: in a folder of its own, or in one of the packs beside it"
     own = folder/name
-    packed = [] if own.exists() else [inside for pack in sorted(folder.glob('*.zip')) if (inside := zipfile.Path(pack, f'{name}/')).exists()]
-    return packed[0] if packed else own
+    if own.exists(): return own
+    packed = [zipfile.Path(pack, f'{name}/') for pack in sorted(folder.glob('*.zip'))]
+    return next((path for path in packed if path.exists()), own)
 
 # %% ../../nbs/training/runs.ipynb #cda7465e
 class Record:
@@ -92,12 +95,14 @@ class Record:
         checkpoints:str|Path|None=None,      # folder of weights and training states; None = `data/checkpoints` of the project
         path:Path|None=None,                 # where its files are; None = looked for in `folder`
     ):
-        if Path(name).name != name or name in ('', '..'): raise ValueError(f'{name!r} is not the name of a run: give one folder name, without a path')
+        if Path(name).name != name or name in ('', '..'):
+            raise ValueError(f'{name!r} is not the name of a run: give one folder name, without a path')
         self.name, self.folder = name, Path(folder or project_root()/'reports'/'runs').absolute()
         self.path = path or record_path(name, self.folder)
         self.checkpoints = Path(checkpoints or project_root()/'data'/'checkpoints').absolute()/name
     @property
-    def home(self)->Path: return Path(self.path.root.filename) if isinstance(self.path, zipfile.Path) else self.path  # its folder, or the pack that holds it
+    def home(self)->Path:  # its folder, or the pack that holds it
+        return Path(self.path.root.filename) if isinstance(self.path, zipfile.Path) else self.path
     @property
     def config(self)->dict: return {k:v for k,v in read_json(self.path/'config.json').items() if k != 'provenance'}
     @property
@@ -152,11 +157,11 @@ class Run(Log):
     )->None:
         status = self.status
         if status in RESULTS and not fresh:
-            raise ValueError(f'run {self.name} has ended ({status}): read its summary, or pass fresh=True to start over (the old run is kept)')
+            raise ValueError(f'run {self.name} has ended ({status}): read its summary, or start over with fresh=True (the old run is kept)')
         self.path = self.folder/self.name  # a packed run stays in its pack
         if fresh: move_aside(self.path, self.checkpoints)
         elif status == 'new': move_aside(self.checkpoints)  # weights without a record
-        for half in (*self.path.glob('.*.part'), *self.checkpoints.glob('.*.part')): half.unlink(missing_ok=True)  # a killed process cannot
+        for half in (*self.path.glob('.*.part'), *self.checkpoints.glob('.*.part')): half.unlink(missing_ok=True)  # of a killed process
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config: write_atomic(self.path/'config.json', to_json({**config, 'provenance': provenance}, indent=1)+'\n')
         (self.path/'summary.json').unlink(missing_ok=True)
