@@ -101,7 +101,7 @@ def conv_work(
     precision:str,      # key of `WIDTH`
     first:bool,         # reads the images, of which there is no gradient
 )->list[Work]:
-    "What a convolution moves and multiplies, and the casts of its weight"
+    "Bytes and flops of a convolution, and of the casts of its weight"
     s, mine = WIDTH[precision], WIDTH['fp64' if precision == 'fp64' else 'fp32']
     i, o, w = s*batch_size*row.inputs, s*batch_size*row.outputs, s*row.weights
     work = [Work('forward', 'convolution', row.layer, i+w, o, row.outputs*batch_size, s, 2*batch_size*row.macs, row.channels),
@@ -120,7 +120,7 @@ def part_work(
     device:str,         # cpu or cuda
     first:bool=False,   # reads the images
 )->list[Work]:
-    "All that a step does in one part, the optimizer too"
+    "All work of a step in one part, the optimizer included"
     does, s = PASSES[norm], WIDTH[precision]
     mine, n = WIDTH['fp64' if precision == 'fp64' else 'fp32'], batch_size*row.outputs
     if row.kind in ('act', 'join', 'join_down'):
@@ -145,7 +145,7 @@ def step_work(
     precision:str='fp32',    # fp32, bf16 (autocast) or fp64
     device:str='cpu',        # cpu or cuda
 )->pandas.DataFrame:         # a row per part of the network and of the step, columns as in `Work`
-    "All that one training step moves and multiplies"
+    "Bytes and flops of one training step"
     if norm not in PASSES: raise ValueError(f"norm {norm!r} has no row in PASSES: add one, as for {', '.join(PASSES)}")
     rows = [Part(*row) for row in parts.itertuples(index=False)]
     return pandas.DataFrame([work for k, row in enumerate(rows) for work in part_work(row, norm, batch_size, precision, device, k == 0)],
@@ -188,7 +188,7 @@ def bandwidth(
     dtype:torch.dtype,  # of the maps
     device:str,         # cpu or cuda
 )->dict[float,float]:   # MB -> bytes/s
-    "How fast element-wise passes go, by the size of the tensor"
+    "Bandwidth of element-wise passes, by the size of the tensor"
     found = {}
     for mb in SIZES[device]:
         pairs = max(2, int(128/mb))  # 256 MB in all or more, which is more than most last-level caches hold
@@ -203,7 +203,7 @@ def conv_rate(
     dtype:torch.dtype,  # of maps and weights
     device:str,         # cpu or cuda
 )->float:               # flop/s
-    "How fast a 3x3 convolution goes, forward and backward, channels_last"
+    "Flop rate of a 3x3 convolution, forward and backward, channels_last"
     batch_size, channels, side = dict(cpu=32, cuda=1024)[device], 128, 16  # a GPU would wait for its next kernel at 32
     like = dict(dtype=dtype, device=device)
     x = torch.ones(batch_size, channels, side, side, **like).contiguous(memory_format=torch.channels_last).requires_grad_()
@@ -220,7 +220,7 @@ def map_rates(
     dtype:torch.dtype,  # of the map
     channels:int,       # of the map
 )->dict:                # slot -> elements/s forward, backward
-    "How fast kernels on maps go on a CPU: forward on a map that was just written, backward on one that was written long ago"
+    "Rates of kernels on maps on a CPU: forward on a map in the cache, backward on one that is not"
     elements = 2**18
     x = torch.randn(elements//channels//64, channels, 8, 8).to(dtype).contiguous(memory_format=torch.channels_last)
     width = torch.promote_types(dtype, torch.float32)  # of a layer's own numbers
@@ -236,7 +236,7 @@ def map_rates(
 def call_seconds(
     make,               # makes a layer for maps of 8 channels
 )->float:               # seconds, forward and backward, with a copy of the map
-    "What one more layer takes on a CPU however small its map is"
+    "Time of one more layer on a CPU, on a tiny map"
     nets = [[make() for _ in range(k)] for k in (1, 21)]
     def both_ways(net):
         x = torch.ones(2, 8, 1, 1, requires_grad=True)
@@ -267,7 +267,7 @@ Machine = namedtuple('Machine', 'name device bandwidth flops kernels', defaults=
 def kernel_ceilings(
     dtype:torch.dtype,  # of maps
 )->dict[str,Ceiling]:   # slot -> ceiling of its kernel
-    "What kernels of this CPU reach by themselves"
+    "Measured ceilings of the kernels of this CPU"
     by_channels = {c: map_rates(dtype, c) for c in (64, 256, 1024, 2048)}
     bn, none, trelu, np, relu = map(call_seconds, (lambda: nn.BatchNorm2d(8), nn.Identity, lambda: FusedTReLU(8), FusedNPReLU,
                                                    lambda: nn.ReLU(inplace=True)))

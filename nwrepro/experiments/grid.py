@@ -45,7 +45,7 @@ def make_point(
     label:str,      # what distinguishes it from the others
     read,           # (data, data_dir) -> Source
 )->Point:           # `steps` in all, `batches` per epoch
-    "One run, as it would be; ValueError that names the point"
+    "A run that is not begun yet; ValueError that names the point"
     try:
         values = check_parameters(given)
         source = read(values['data'], values['data_dir'])
@@ -209,7 +209,7 @@ EXIT_INTERRUPTED = 75  # exit code of a run that was interrupted; the same comma
 
 def run_one_point(
 )->int:     # 0 = the notebook was executed to its end
-    "Entry point of `python -m nwrepro.experiments.grid`, for one point; its last line says what went wrong"
+    "Entry point of `python -m nwrepro.experiments.grid`, for one point; its last line is the error message"
     interrupt_with_parent()
     try: execute_notebook(json.loads(sys.argv[1]), sys.argv[2])
     except Exception as error:
@@ -227,7 +227,7 @@ Job = namedtuple('Job', 'point process log')
 def changed_parameters(
     point:Point,    # of a grid
 )->dict:            # parameters that differ from their defaults
-    "The parameters that a point does not leave at their defaults"
+    "The parameters of a point that are not at their defaults"
     return {k: v for k, v in check_parameters(point.given).items() if v != DEFAULTS.get(k)}
 
 # %% ../../nbs/experiments/grid.ipynb #8ee1cbc6
@@ -325,14 +325,14 @@ def sweep(
 def preview(
     rounds,         # iterable of lists of points
 )->list[Point]:     # each once
-    "The points of a grid, without running any; what depends on results that are not there yet is a stand-in"
+    "The points of a grid, without running any; points that depend on missing results are placeholders"
     return list({point.record.name: point for one in rounds for point in one}.values())
 
 # %% ../../nbs/experiments/grid.ipynb #59e23484
 def raise_failed(
     outcome:Outcome,
 )->None:
-    "RuntimeError that names what failed, if something did"
+    "RuntimeError with the errors of the points that failed, if any did"
     sentences = [f'{point.label}: {outcome.failed[point.record.name]}' for point in outcome.points if point.record.name in outcome.failed]
     if sentences: raise RuntimeError(f'{len(sentences)} of {len(outcome.points)} points failed; '+'; '.join(sentences))
 

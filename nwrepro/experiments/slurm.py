@@ -22,7 +22,7 @@ RESERVED_OPTIONS = ('job-name', 'time', 'signal', 'output', 'error', 'open-mode'
 def sbatch_options(
     words:str|None, # as on the command line of `sbatch`: --partition=gpu --gpus-per-node=8
 )->dict:            # name -> value, True for an option without one
-    "Options of a job; ValueError for what is not an option, or not free"
+    "Options of a job; ValueError for a word that is no option, or that the sweep sets"
     options = {}
     try: given = shlex.split(words or '')
     except ValueError as error: raise ValueError(f'sbatch = {words} is not accepted: {str(error).lower()}') from None
@@ -45,7 +45,7 @@ class RunPoint:
         name:str,   # of its folder
     ): self.given, self.name, self.process = given, name, None
     def __call__(self):
-        "Execute `train.ipynb`; what went wrong in one sentence, or None"
+        "Execute `train.ipynb`; the error message, or None"
         threads = threads_per_process(os.environ['SLURM_CPUS_ON_NODE'], self.given)
         self.process = start_process(self.given, self.name, threads, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         said = ''
@@ -88,7 +88,7 @@ def queued_jobs(
 # %% ../../nbs/experiments/slurm.ipynb #e941ea83
 def check_slurm(
 )->None:
-    "ValueError where there is no Slurm that answers"
+    "ValueError where Slurm is absent or does not answer"
     absent = [name for name in ('sbatch', 'srun', 'squeue', 'scontrol') if not shutil.which(name)]
     if absent:
         raise ValueError(f"cluster = slurm finds no {absent[0]} here: start the notebook where Slurm's commands are, "
@@ -141,7 +141,7 @@ def job_state(
 def job_error(
     job,            # submitit's, that the queue no longer has
 )->str|None:        # one sentence
-    "What went wrong, if the job has left a result"
+    "Error message of a job, if it has left a result"
     if not job.paths.result_pickle.exists(): return None
     error = job.exception()
     return first_line(error) if error else job.result()

@@ -35,7 +35,7 @@ DEFAULT_HOLDOUT = 0.1               # of the training images
 def lr_setting(
     recipe:Recipe,
 )->dict:
-    "What a tuned learning rate holds for"
+    "The setting that a tuned learning rate holds for"
     return {name: getattr(recipe, name) for name in TUNED_BY}
 
 # %% ../../nbs/experiments/tuning.ipynb #b8fa73ca
@@ -75,7 +75,7 @@ def next_lr(
 def tune_lr(
     given:dict,     # parameter -> value, or list; `lr` a list of candidates, or the one in the middle
 ):                  # yields rounds of points
-    "Every learning rate at full length, more where the best is at an end of the list, and the best two with a second seed"
+    "Full runs at every learning rate, more where the best is at an end of the list, and the best two with a second seed"
     for name, value in given.items():
         if isinstance(value, list) and name not in (*TUNED_BY, 'seed', 'lr'):
             raise ValueError(f"{name} = {value} is a list, which tune_lr takes only for {', '.join(TUNED_BY)}, seed and lr: give one value")
@@ -141,7 +141,7 @@ LrLimit = namedtuple('LrLimit', 'learns above exceptions')
 def largest_lr(
     tried:dict,     # lr -> does it learn?
 )->LrLimit:         # largest lr of two neighbours that learn (0 = none), next higher one (inf = none was tried), exceptions to the order
-    "Between which learning rates training ends, going down from above"
+    "The learning rates between which training begins to fail"
     rates = sorted(tried, reverse=True)
     found = next((k for k, (a, b) in enumerate(itertools.pairwise(rates)) if tried[a] and tried[b] and a/b < 2.01), None)
     if found is None: return LrLimit(0., rates[-1] if rates else math.inf, [lr for lr in rates if tried[lr]])
@@ -171,7 +171,7 @@ def check_probe(
 def probe_parameters(
     point:Point,    # of a ladder, at any lr
 )->dict:            # its parameters
-    "A run just long enough, on a schedule long enough to keep its learning rate, unless told otherwise"
+    "A run just long enough, on a schedule that keeps its learning rate, unless `epochs` or `max_steps` are given"
     steps = warmup_steps(point.recipe, point.batches)+PROBE_STEPS
     lengths = dict(max_steps=steps, epochs=math.ceil(20*steps/point.batches))
     return point.given | {name: value for name, value in lengths.items() if point.given.get(name) in (None, 'none')}
@@ -226,8 +226,8 @@ class SweepParameters(ParameterTable):
 # %% ../../nbs/experiments/tuning.ipynb #84e597bb
 def sweep_parameters(
     namespace:dict,  # `globals()` of the notebook
-)->tuple[dict,SimpleNamespace]:  # parameters of runs, each a value or a list; those of the sweep beside them
-    "What a notebook's cell asks for; ValueError for a name or a value of the sweep that is not accepted"
+)->tuple[dict,SimpleNamespace]:  # parameters of runs, each a value or a list; those of the sweep
+    "Parameters in a notebook's cell; ValueError for a name or a value of the sweep that is not accepted"
     values = notebook_parameters(namespace, [*RULES, *SweepParameters.model_fields])
     own = SimpleNamespace(**validate(SweepParameters, {name: values.pop(name) for name in SweepParameters.model_fields}))
     choose('grid', own.grid, list(GRIDS))

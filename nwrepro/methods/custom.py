@@ -22,7 +22,7 @@ BUILT_IN = dict(SCHEMES)  # name -> scheme of this package
 def scheme_paths(
     schemes:str|None,  # paths of Python files, joined by commas; relative ones start at the project's root
 )->list[Path]:
-    "The files that a parameter names; ValueError for one that is not there"
+    "The files that a parameter names; ValueError for a missing one"
     paths = [project_root()/Path(word.strip()).expanduser() for word in (schemes or '').split(',') if word.strip()]
     for path in paths:
         if path.suffix != '.py' or not path.is_file():
@@ -61,7 +61,7 @@ def try_scheme(
 def load_schemes(
     schemes:str|None,  # as `scheme_paths` takes it
 )->list[str]:          # names of the schemes that are in the table now because of it
-    "Put the schemes of files into `SCHEMES`; ValueError in one sentence where that can't be, and the table stays as it was"
+    "Put the schemes of files into `SCHEMES`; on a ValueError the table stays as it was"
     before, loaded = dict(SCHEMES), []
     try:
         for path in scheme_paths(schemes):
@@ -100,7 +100,7 @@ def scheme_hash(
 def recorded_schemes(
     path:Path,  # `scheme.py` in the folder of a run; not there under a scheme of this package
 ):
-    "The schemes of a record in place of those of files that were loaded since"
+    "Inside a `with` block, the schemes of a record in place of other schemes from files"
     before = dict(SCHEMES)
     try:
         if path.is_file():

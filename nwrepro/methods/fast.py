@@ -117,7 +117,7 @@ def filter_state(
     optimizer:WNSGD,      # its state is made where there is none
     w:torch.Tensor,       # weight with `weight_norm`, `[out, ...]`
 )->dict:                  # `norm_v`, `sign`, `momentum_g`, `[out, 1]`; `momentum_v`, as `w` in shape and memory layout
-    "What is kept for a weight"
+    "State of the optimizer for a weight"
     state = optimizer.state[w]
     if not state:
         norms = filter_norms(w)[:,None]
@@ -168,7 +168,7 @@ def np_sum_backward(dy, y): return 2*np_relu_backward(dy*0.5**0.5, y)
 
 # %% ../../nbs/methods/fast.ipynb #4efcd7f5
 class Fused(Function):
-    "A function of tensors and its gradient as compiled loops; the gradient knows the output and all but the first `forget` inputs"
+    "A function of tensors and its gradient as compiled loops; the gradient gets the output and all but the first `forget` inputs"
     @staticmethod
     def forward(ctx, f, backward, forget, *xs):
         y, ctx.f = compiled(f)(*xs), compiled(backward)
@@ -247,7 +247,7 @@ def fuse_activations(
 
 # %% ../../nbs/methods/fast.ipynb #f3eb771e
 def wn_layers(model:nn.Module)->list[str]:
-    "Names of the weight-normalised layers"
+    "Names of the weight-normalized layers"
     return [name for name, m in model.named_modules() if type(m) in (WNConv2d, WNLinear)]
 
 # %% ../../nbs/methods/fast.ipynb #f324356d
@@ -256,7 +256,7 @@ def fast_form(
     kernels:bool=False,  # fuse activations and joins, which compiles them
     keep=None,           # names of layers that keep their readable form; None = those that need it
 )->nn.Module:            # network that computes the same
-    "The network that is trained: plain weights in place of weight-normalised ones"
+    "The network that is trained: plain weights in place of weight-normalized ones"
     fast, layers = copy.deepcopy(model), {name: model.get_submodule(name) for name in wn_layers(model)}
     if keep is None: keep = [name for name, m in layers.items() if not m.v.requires_grad or m.g is not None and (m.g == 0).any()]
     for name in [name for name in layers if name not in keep]:
@@ -270,7 +270,7 @@ def plain_weights(
     fast:nn.Module,   # as `fast_form` made it
     model:nn.Module,  # of that network
 )->dict:              # name of a layer -> its weight in `fast`, the layer in `model`
-    "The weights of `fast` that stand for `v` and `g`"
+    "The weights of `fast` that replace `v` and `g`"
     names = [name for name in wn_layers(model) if name not in wn_layers(fast)]
     return {name: (fast.get_submodule(name).weight, model.get_submodule(name)) for name in names}
 
@@ -281,7 +281,7 @@ def copy_norms(
     fast:nn.Module,   # as `fast_form` made it
     model:nn.Module,  # of that network
 )->None:
-    "Let the optimizer begin with the norm of each `v` and the sign of each `g`"
+    "Initialize the optimizer's norm of each `v` and sign of each `g`"
     for w, layer in plain_weights(fast, model).values():
         state = filter_state(optimizer, w)
         state['norm_v'].copy_(filter_norms(layer.v)[:,None])

@@ -62,7 +62,7 @@ def set_filters(
     bias:torch.Tensor|float=0.,  # `[out]` or one for all
     part:str='relu',          # of the layer, as `layer_parts` names it
 )->None:
-    "Give `layer` filters of a direction and a norm `g`; `v` gets the norm of `he_norm`"
+    "Set the filters of `layer` to a direction and a norm `g`; `v` gets the norm of `he_norm`"
     unit = direction/filter_norms(direction).view(-1, *[1]*(direction.ndim-1))
     g = torch.as_tensor(g, dtype=unit.dtype, device=unit.device).expand(len(unit))
     if hasattr(layer, 'v'):

@@ -49,7 +49,7 @@ def standardize_weight(
 
 # %% ../../nbs/methods/later.ipynb #a95c7981
 class WSConv2d(StdConv2d):
-    "timm's `StdConv2d`, which tells the weight that it computes with"
+    "timm's `StdConv2d`, with a property `w`, the weight that it computes with"
     @property
     def w(self)->torch.Tensor: return standardize_weight(self.weight, self.eps)
 
@@ -91,7 +91,7 @@ class MeanOnlyBatchNorm2d(nn.Module):
 def wn_keep_bias(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Module:
-    "Weight-normalised convolution with a bias only where the stock one has it; else the normalization after it brings one"
+    "Weight-normalized convolution with a bias only where the stock one has it; else the normalization after it has one"
     new = weight_normalize(conv)
     if conv.bias is None: new.bias = None
     return new
@@ -120,7 +120,7 @@ def scale_branches(
 NF_GAMMA = 1/C1  # 1 over the standard deviation of ReLU(z), z ~ N(0, 1)
 
 class NFConv2d(ScaledStdConv2d):
-    "timm's `ScaledStdConv2d`, which tells the weight that it computes with"
+    "timm's `ScaledStdConv2d`, with a property `w`, the weight that it computes with"
     @property
     def w(self)->torch.Tensor: return standardize_weight(self.weight, self.eps)*self.gain*self.scale
 
@@ -146,7 +146,7 @@ class ScaledSum(nn.Module):
 
 # %% ../../nbs/methods/later.ipynb #f7ef0b0c
 class NFBlock(JoinBlock):
-    "A timm residual block that acts first, on its input over the standard deviation expected of it"
+    "A timm residual block that begins with its activation, on the input over its expected standard deviation"
     def __init__(self,
         block:nn.Module,  # timm BasicBlock or Bottleneck; its children are taken over
         alpha:float,      # factor on the residual
@@ -166,7 +166,7 @@ def nf_blocks(
     model:nn.Module,   # network whose slots are filled, changed in place
     alpha:float=0.2,   # factor on residuals
 )->None:
-    "Put residual blocks into the order of NF-ResNets, with the variance that each expects"
+    "Give residual blocks the order of NF-ResNets, and the variance expected of their inputs"
     if residual_blocks(model) and not isinstance(model, ResNet):
         raise ValueError("norm 'nf' changes the order within residual blocks, for which it must know the whole network: "
                          "it takes timm ResNets and networks without timm's blocks")

@@ -65,7 +65,7 @@ def relu(
 def strict_weight_normalize(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Module:        # filters of unit norm, no bias
-    "Strictly weight-normalised convolution, Xiang & Li 2017"
+    "Strictly weight-normalized convolution, Xiang & Li 2017"
     return weight_normalize(conv, affine=False)
 
 # %% ../../nbs/methods/schemes.ipynb #7fb971c4
@@ -174,7 +174,7 @@ def check_layers(
     model:nn.Module,  # what was handed in
     scheme:str,       # name in `SCHEMES`
 )->None:
-    "ValueError for a layer that surgery does not know, and where a scheme's normalization has no slot to go to"
+    "ValueError for a layer that surgery does not know, and for a network without a slot for the scheme's normalization"
     for name, m in model.named_modules():
         layer = not list(m.children()) or list(m.parameters(recurse=False))
         if layer and type(m) not in KNOWN_LAYERS:

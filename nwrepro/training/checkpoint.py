@@ -161,7 +161,7 @@ def describe_os_error(
     error:OSError,  # of reading or writing a file
     run:Record,     # the run it stopped
 )->str:             # one sentence
-    "What happened, and what to do about it"
+    "The error, and what to do about it"
     where, why = error.filename or run.path, error.strerror or error
     if error.errno in (errno.ENOSPC, errno.EDQUOT): what = f'there is no space left for {where}: free some'
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM): what = f'{where} cannot be written ({why}): make that folder writable'
@@ -173,6 +173,6 @@ def describe_os_error(
 def explain_os_errors(
     run:Record,  # being written inside the `with` block
 ):
-    "Raise errors of files as one sentence"
+    "Inside a `with` block, raise errors of files as one sentence"
     try: yield
     except OSError as error: raise OSError(describe_os_error(error, run)) from None

@@ -54,7 +54,7 @@ def fit_on_many(
     watch=lambda run: None,  # called with the run after each line
     model:nn.Module|None=None,  # network of the run's recipe; holds the weights that the record speaks of when this returns or raises
 )->dict:                     # summary
-    "The same run in several processes; Interrupted with the command that resumes it, ChildProcessError with what went wrong"
+    "The same run in several processes; Interrupted with the command that resumes it, ChildProcessError with the error message"
     def result(): return load_result(model, run, show) if model else run.summary
     if run.status in RESULTS: return result()
     release_lock(run)

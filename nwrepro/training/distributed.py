@@ -33,7 +33,7 @@ def on_cpu(
 def first_line(
     error:Exception,  # of any length
 )->str:
-    "The first line of its message"
+    "First line of an error message"
     return str(error).partition('\n')[0] or type(error).__name__
 
 # %% ../../nbs/training/distributed.ipynb #a908a4b8
@@ -61,7 +61,7 @@ def init_distributed(
 # %% ../../nbs/training/distributed.ipynb #099d1e85
 def make_accelerator(
 )->Accelerator:  # for one run
-    "What moves a network to its device and, among several processes, wraps it for the averaging of gradients"
+    "The accelerator of this process, which moves a network to its device"
     init_distributed()
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False)  # NOTE: else running statistics of the other ranks would be lost
     return Accelerator(cpu=on_cpu(), kwargs_handlers=[ddp])
@@ -176,7 +176,7 @@ def check_equal(
 def is_connection_error(
     error:RuntimeError,  # of a training step
 )->bool:
-    "Is it about a process that died?"
+    "Whether an error says that another process died"
     words = ('gloo', 'NCCL', 'closed by peer', 'timed out')
     return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in words)
 
@@ -201,7 +201,7 @@ def layers_with_running_stats(
 def running_stats(
     layers:list,      # as `layers_with_running_stats` lists them
 )->list:              # mean and variance of each in turn, `[channels]`; the mean alone where there is no variance
-    "Running statistics of these layers"
+    "Running statistics of layers"
     return [t for m in layers for t in (m.running_mean, getattr(m, 'running_var', None)) if t is not None]
 
 # %% ../../nbs/training/distributed.ipynb #f783399b
@@ -212,7 +212,7 @@ def running_stats_share(
     index:int,            # of this process
     processes:int,        # in all
 )->torch.Tensor:          # summed over the processes: the statistics as if one had seen all groups
-    "The term that a process contributes"
+    "The term of one process in the merged running statistics"
     part = keep**(processes-1-index)*(now-keep*before)
     return part + keep**processes*before if index == 0 else part
 

@@ -26,7 +26,7 @@ from .runs import Run
 def fit_options(
     values:dict,  # parameters, checked
 )->dict:          # those that `fit` takes
-    "Parameters that change how a run goes and not its result"
+    "Parameters that change how a run is executed and not its result"
     names = ('micro_batch', 'workers', 'eval_every', 'checkpoint_steps', 'checkpoint_minutes')
     return {name: values[name] for name in names}
 
@@ -71,7 +71,7 @@ class Stop:
 # %% ../../nbs/training/engine.ipynb #c6b8681a
 @dataclass
 class Training:
-    "A run under way"
+    "A run that is being trained"
     run:Run                  # its record
     engine:Engine
     progress:Progress

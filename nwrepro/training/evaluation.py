@@ -32,7 +32,7 @@ def loss_and_hits(
     logits:torch.Tensor,    # `[N, classes]`
     y:torch.Tensor,         # labels, `[N]`
 )->tuple:                   # summed cross-entropy in nats, images correct in top 1 and in top 5
-    "What a batch adds to an evaluation"
+    "Summed loss and correct predictions of a batch"
     top1, top5 = accuracy(logits, y, topk=(1, min(5, logits.shape[1])))
     return F.cross_entropy(logits, y, reduction='sum').item(), round(top1.item()*len(y)/100), round(top5.item()*len(y)/100)
 

@@ -61,7 +61,7 @@ def check_images(
     run:Run,        # that has ended
     source:Source,  # images of the command that asks for it
 )->None:
-    "ValueError where a run was trained on other images, since its result would be shown for these"
+    "ValueError where a run was trained on other images, whose result would be shown for these"
     known = run.config.get('source') or {}
     if recorded_provenance(run)['images'] not in (None, source.fingerprint):
         raise ValueError(f"run {run.name} has ended, on other images ({known.get('train')} to train on and {known.get('val')} "
@@ -75,7 +75,7 @@ def begin_run(
     given:dict,      # parameters as they were given
     folder=None,     # of all runs, with a folder `checkpoints`; None = reports/runs and data/checkpoints
 )->Run:              # with its config on disk, and held by this process unless it has ended
-    "A new run of a recipe, or the one that the same command began; ValueError if another process has it or what it depends on changed"
+    "A new run of a recipe, or the one that the same command began; ValueError if another process holds it, or code, libraries or images changed"
     values = check_parameters(given)
     processes = int(os.environ.get('WORLD_SIZE', values['processes']))
     micro_batch_size(recipe, processes, values['micro_batch'], scheme_facts(recipe).batch_statistics)
@@ -125,7 +125,7 @@ def load_result(
     run:Record,       # that has ended
     show=print,       # called with a line for the user
 )->dict:              # summary of the run
-    "Load the weights that a run ended with; nan, and a message, where they are not here"
+    "Load the final weights of a run; nan, and a message, where they are missing"
     weights, code = final_weights(run), recorded_provenance(run)['code']
     if code not in (None, code_hash()): show(f'the result of run {run.name} was made by other code ({code[:8]}, now '
                                              f'{code_hash()[:8]}), and is shown as recorded; fresh=True trains it again')
@@ -148,7 +148,7 @@ def recipe_of(
 def trained(
     run:Record,   # finished, with its weights on this machine
 )->nn.Module:     # on the CPU, in eval mode
-    "The network of a run; ValueError where its weights are not here"
+    "The network of a run; ValueError where its weights are missing"
     weights = final_weights(run)
     if not weights:
         raise ValueError(f'run {run.name} has no weights here: they are expected at '

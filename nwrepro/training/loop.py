@@ -114,7 +114,7 @@ def train_step(
 def save_checkpoint(
     training:Training,  # between two steps
 )->None:
-    "Write to disk what the run needs to continue from here, and into `model` the same weights"
+    "Write a checkpoint, and the same weights into `model`"
     engine, progress = training.engine, training.progress
     progress.seconds['wall'], training.stop.saved_at = time.perf_counter()-progress.began, time.monotonic()
     if engine.dist.is_main_process:

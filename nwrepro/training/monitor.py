@@ -17,7 +17,7 @@ from .probes import output_hooks
 def flat_in_memory_order(
     t:torch.Tensor,     # of any shape, contiguous or channels_last
 )->torch.Tensor:        # `[n]`
-    "All elements, as they lie in memory"
+    "All elements in memory order"
     return (t.movedim(1, -1) if t.is_contiguous(memory_format=torch.channels_last) else t).reshape(-1)
 
 # %% ../../nbs/training/monitor.ipynb #01884216
@@ -63,7 +63,7 @@ class DivergenceMonitor:
         self.history = [*self.history, grad_norm][-100:]
         self.reason = self.reason or divergence_reason(self.losses, grad_norm, self.limit, self.patience)
         return self.reason
-    def verdict(self)->str:  # 'diverged', 'stuck' or 'learning', as things stand
+    def verdict(self)->str:  # 'diverged', 'stuck' or 'learning', so far
         if self.reason: return 'diverged'
         return 'stuck' if sum(self.losses) > 0.95*self.chance*len(self.losses) else 'learning'
     def state_dict(self)->dict: return dict(vars(self))

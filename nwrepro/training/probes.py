@@ -56,7 +56,7 @@ def output_hooks(
     modules:dict[str,nn.Module],   # modules by name
     see,                           # called as `see(name, output)` each time one of them has run; what it returns is ignored
 ):
-    "Watch the outputs of modules, in order of execution, inside a `with` block"
+    "Inside a `with` block, call a function with the output of each module, in order of execution"
     def hook_for(name):
         def hook(m, args, output): see(name, output)
         return hook
@@ -69,7 +69,7 @@ def output_hooks(
 def rounded(
     x:float,       # any number
 )->float:          # to five significant digits
-    "A number short enough for a line of a record"
+    "A number with five significant digits"
     return float(f'{x:.5g}')
 
 # %% ../../nbs/training/probes.ipynb #81750bca
@@ -77,7 +77,7 @@ def as_columns(
     keys:tuple[str,...],    # names of the columns
     rows:list[tuple],       # one tuple per layer, as long as `keys`
 )->dict[str,list]:          # a list per column
-    "A table as the record keeps it, and as a data frame takes it"
+    "A table as one list per column"
     return {key:[row[i] for row in rows] for i,key in enumerate(keys)}
 
 # %% ../../nbs/training/probes.ipynb #37a035ef

@@ -271,7 +271,7 @@ Facts = namedtuple('Facts', 'batch_statistics roles')
 def scheme_facts(
     recipe,   # norm, arch, stem, width, bn_batch
 )->Facts:     # does an image's output depend on the rest of its batch? which roles do parameters have?
-    "What a scheme makes of a network of this kind; ValueError where it cannot be made, or takes batch statistics that nobody can set"
+    "What a scheme makes of a network of this kind; ValueError where it cannot be made, or where `bn_batch` cannot be set"
     with torch.device('meta'): stock_network(recipe.arch, 10, recipe.stem, recipe.width)  # refuses what a run does not take
     with torch.random.fork_rng(devices=[]): stock = stock_network('cifar10_nv' if recipe.arch == 'cifar10_nv' else 'resnet18', 10)
     model = convert(stock, recipe.norm, 'keep', bn_batch=recipe.bn_batch)

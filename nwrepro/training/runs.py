@@ -17,7 +17,7 @@ from .files import to_json, restored, write_atomic
 def canonical(
     config:dict,    # parameters
 )->str:             # JSON, equal for equal parameters
-    "One text per set of parameters"
+    "Parameters as canonical JSON"
     def number(text): return int(float(text)) if float(text).is_integer() else float(text)
     return json.dumps(json.loads(to_json(config), parse_float=number), sort_keys=True, separators=(',', ':'))
 
@@ -52,7 +52,7 @@ def from_line(
 def read_metrics(
     path:str|Path,      # `metrics.jsonl`, in a pack or not
 )->list[dict]:          # one dict per whole line, in order; empty where there is no file
-    "Lines of a record, without a last one that was cut off while it was written"
+    "Lines of a record, without an incomplete last one"
     path,values = Path(path) if isinstance(path, str) else path,[]
     lines = [line for line in path.read_bytes().split(b'\n') if line.strip()] if path.exists() else []
     for n,line in enumerate(lines, 1):
@@ -80,7 +80,7 @@ def record_path(
     name:str,       # of a run
     folder:Path,    # of runs
 )->Path:            # its folder, there or not; a `zipfile.Path` where the run is packed
-    "Where the files of a run are: in a folder of its own, or in one of the packs beside it"
+    "Folder of a run, or its place in one of the packs in `folder`"
     own = folder/name
     if own.exists(): return own
     packed = [zipfile.Path(pack, f'{name}/') for pack in sorted(folder.glob('*.zip'))]
@@ -88,7 +88,7 @@ def record_path(
 
 # %% ../../nbs/training/runs.ipynb #cda7465e
 class Record:
-    "What a run has left on disk"
+    "The files of a run, to read"
     def __init__(self,
         name:str,                            # one folder's name, as `run_name` makes it
         folder:str|Path|None=None,           # folder of runs; None = `reports/runs` of the project
