@@ -75,7 +75,7 @@ def begin_run(
     given:dict,      # parameters as they were given
     folder=None,     # of all runs, with a folder `checkpoints`; None = reports/runs and data/checkpoints
 )->Run:              # with its config on disk, and held by this process unless it has ended
-    "A new run of a recipe, or the one that the same command began; ValueError if another process holds it, or code, libraries or images changed"
+    "The run of a recipe, new or begun earlier; ValueError if another process holds it, or code, libraries or images changed"
     values = check_parameters(given)
     processes = int(os.environ.get('WORLD_SIZE', values['processes']))
     micro_batch_size(recipe, processes, values['micro_batch'], scheme_facts(recipe).batch_statistics)
