@@ -44,6 +44,7 @@ def layer_channels(
     "Input and output channels, or features"
     return (layer.in_features, layer.out_features) if isinstance(layer, nn.Linear) else (layer.in_channels, layer.out_channels)
 
+# %% ../../nbs/methods/initialization.ipynb #9ea9e9bb
 def he_norm(
     layer:nn.Conv2d|nn.Linear,  # layer of any scheme
     part:str='relu',            # as `layer_parts` names it
@@ -55,13 +56,13 @@ def he_norm(
 # %% ../../nbs/methods/initialization.ipynb #29b26cf5
 @torch.no_grad()
 def set_filters(
-    layer:nn.Module,          # plain or weight-normalised layer, changed in place
+    layer:nn.Module,          # plain or weight-normalized layer, changed in place
     direction:torch.Tensor,   # `[out, in, kh, kw]` or `[out, in]`, of any norm
     g:torch.Tensor|float,     # norm of each filter, `[out]` or one for all
     bias:torch.Tensor|float=0.,  # `[out]` or one for all
     part:str='relu',          # of the layer, as `layer_parts` names it
 )->None:
-    "Give `layer` filters of a direction and a norm `g`; `v` gets the norm of `he_norm`"
+    "Set the filters of `layer` to a direction and a norm `g`; `v` gets the norm of `he_norm`"
     unit = direction/filter_norms(direction).view(-1, *[1]*(direction.ndim-1))
     g = torch.as_tensor(g, dtype=unit.dtype, device=unit.device).expand(len(unit))
     if hasattr(layer, 'v'):
@@ -130,7 +131,7 @@ def init_data(
     model:nn.Module,           # network whose layers have biases, or mean-only batch normalization behind them; changed in place
     x:torch.Tensor|None=None,  # one batch of images, `[N, 3, H, W]`; a few hundred are enough
 )->None:
-    "Random directions, then norms and biases that normalise each layer's outputs on the batch `x`"
+    "Random directions, then norms and biases that normalize each layer's outputs on the batch `x`"
     if x is None: raise ValueError("init 'data' needs a batch of images: pass x, [N, 3, H, W]")
     init_torch(model)
     hooks = [m.register_forward_pre_hook(partial(normalize_outputs, part=part)) for m, (part, _) in layer_parts(model).items()]

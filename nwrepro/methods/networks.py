@@ -21,6 +21,7 @@ def scale_channels(
     "Channels times width, rounded to a multiple of 8"
     return channels if width == 1 else make_divisible(channels*width, 8)
 
+# %% ../../nbs/methods/networks.ipynb #d6f0299f
 def scale_width(
     model:ResNet,  # stock timm ResNet, changed in place
     width:float,   # factor on all channels
@@ -52,6 +53,7 @@ def xavier_init(
     if conv.bias is not None: nn.init.zeros_(conv.bias)
     return conv
 
+# %% ../../nbs/methods/networks.ipynb #3de12574
 class Cifar10NV(nn.Sequential):
     "The CIFAR-10 network of the co-author's code, for 28 px; its logits pass a ReLU before they are averaged"
     def __init__(self,
@@ -75,6 +77,7 @@ class Cifar10NV(nn.Sequential):
 STEMS = ('imagenet', 'cifar')
 ARCHS = (*timm.list_models('resnet*', module='resnet'), 'cifar10_nv')
 
+# %% ../../nbs/methods/networks.ipynb #7535272c
 def check_stem(
     arch:str,  # name in `ARCHS`
     stem:str,  # name in `STEMS`
@@ -83,6 +86,7 @@ def check_stem(
     if arch == 'cifar10_nv' and stem != 'imagenet':
         raise ValueError(f'stem = {stem} is for ResNets: cifar10_nv has first layers of its own, so leave stem out')
 
+# %% ../../nbs/methods/networks.ipynb #9eeca0ba
 def check_resnet(
     model:nn.Module,  # of timm
 )->None:

@@ -23,7 +23,7 @@ from .layers import GhostBatchNorm2d, NPAdd, NPReLU, TReLU, WNAdd, weight_normal
 def keep_module(
     module:nn.Module,  # stock module
 )->nn.Module:          # the same
-    "Leave a slot as it is"
+    "Leave a slot unchanged"
     return module
 
 # %% ../../nbs/methods/schemes.ipynb #e1b7e985
@@ -65,7 +65,7 @@ def relu(
 def strict_weight_normalize(
     conv:nn.Conv2d,  # stock convolution
 )->nn.Module:        # filters of unit norm, no bias
-    "Strictly weight-normalised convolution, Xiang & Li 2017"
+    "Strictly weight-normalized convolution, Xiang & Li 2017"
     return weight_normalize(conv, affine=False)
 
 # %% ../../nbs/methods/schemes.ipynb #7fb971c4
@@ -137,6 +137,7 @@ def last_layer(
     if not layers: raise ValueError(f'{type(model).__name__} has no nn.Conv2d and no nn.Linear, so there is nothing to convert')
     return layers[-1]
 
+# %% ../../nbs/methods/schemes.ipynb #17e9b6c8
 def fill_slots(
     parent:nn.Module,      # module whose children are replaced, at all depths
     slots:Scheme,          # what goes where
@@ -173,7 +174,7 @@ def check_layers(
     model:nn.Module,  # what was handed in
     scheme:str,       # name in `SCHEMES`
 )->None:
-    "ValueError for a layer that surgery does not know, and where a scheme's normalization has no slot to go to"
+    "ValueError for a layer that surgery does not know, and for a network without a slot for the scheme's normalization"
     for name, m in model.named_modules():
         layer = not list(m.children()) or list(m.parameters(recurse=False))
         if layer and type(m) not in KNOWN_LAYERS:
@@ -191,12 +192,14 @@ def takes_batch_statistics(
     "Whether a layer takes statistics over a batch in training"
     return getattr(m, 'batch_statistics', isinstance(m, nn.modules.batchnorm._BatchNorm))
 
+# %% ../../nbs/methods/schemes.ipynb #58d3f67e
 def uses_batch_statistics(
     model:nn.Module,  # network of any scheme
 )->bool:
     "Whether an image's output depends on the rest of its batch in training"
     return any(map(takes_batch_statistics, model.modules()))
 
+# %% ../../nbs/methods/schemes.ipynb #5d1b2edf
 def set_statistics_batch(
     model:nn.Module,  # network of any scheme, changed in place
     bn_batch:int|None,  # images that share batch statistics; None = all of a batch

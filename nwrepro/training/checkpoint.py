@@ -18,12 +18,12 @@ from .runs import Record, read_json, read_metrics
 from .files import write_atomic
 
 # %% ../../nbs/training/checkpoint.ipynb #6a8a8881
-LOCKS = {}  # path of a lock -> lock that this process has; one that nothing refers to would be given back
+LOCKS = {}  # path of a lock -> lock that this process holds; without a reference it would be released
 
 def lock_files(
     run:Record,  # its folder need not exist
 )->tuple[Path,Path]:  # the lock, and a line that names its holder
-    "Where the lock of a run is"
+    "Paths of the lock of a run"
     return run.checkpoints.with_name(f'{run.name}.lock'), run.checkpoints.with_name(f'{run.name}.holder')
 
 # %% ../../nbs/training/checkpoint.ipynb #c4f69802
@@ -38,7 +38,7 @@ def acquire_lock(
     try: (lock := FileLock(path)).acquire(timeout=wait)
     except Timeout:
         who = holder.read_text().strip() if holder.exists() else 'another process'
-        raise ValueError(f'run {run.name} is in the hands of {who}: wait for its end, or stop it and give the command again') from None
+        raise ValueError(f'run {run.name} is locked by {who}: wait for its end, or stop it and give the command again') from None
     LOCKS[path] = lock
     now = datetime.now(timezone.utc).isoformat(' ', 'seconds')
     write_atomic(holder, f'process {os.getpid()} on {socket.gethostname()} since {now}\n')
@@ -106,13 +106,13 @@ def raise_if_signaled(
     "Raise `Interrupted` if a signal came"
     if number: raise Interrupted(signal.Signals(int(number)).name)
 
+# %% ../../nbs/training/checkpoint.ipynb #2a37ff2d
 class StopSignal:
     "Handler of the signals that ask a run to stop"
     def __init__(self): self.number = None
     def __call__(self, number, frame):
         if number == self.number == signal.SIGINT: raise KeyboardInterrupt('asked to stop twice: nothing was saved')
         self.number = number
-    def raise_if_signaled(self): raise_if_signaled(self.number)
 
 # %% ../../nbs/training/checkpoint.ipynb #34b428fc
 @contextmanager
@@ -128,9 +128,10 @@ def handle_signals(
     finally:
         for number, old in before.items(): signal.signal(number, old or signal.SIG_DFL)
 
+# %% ../../nbs/training/checkpoint.ipynb #f83957a0
 @contextmanager
 def catch_stop_signals():  # yields the `StopSignal`
-    "SIGINT, SIGTERM and SIGUSR1 wait for `raise_if_signaled()`"
+    "SIGINT, SIGTERM and SIGUSR1 wait for `raise_if_signaled`"
     asked = StopSignal()
     with handle_signals(('SIGINT', 'SIGTERM', 'SIGUSR1'), asked): yield asked
 
@@ -138,7 +139,7 @@ def catch_stop_signals():  # yields the `StopSignal`
 def recorded_provenance(
     run:Record,       # a run that was begun
 )->dict[str,str]:     # `code`, `images` and the version of each library
-    "What a run was begun with, or last resumed with"
+    "Code, images and libraries that a run began with, or last resumed with"
     config = read_json(run.path/'config.json')
     origin = config.get('provenance', {})
     known = dict(code=origin.get('code'), images=config.get('source', {}).get('fingerprint')) | origin.get('versions', {})
@@ -151,7 +152,7 @@ def provenance_changes(
     run:Record,   # a run that was begun
     now:dict,     # as `recorded_provenance`, here and now
 )->dict:          # name -> [before, now] of what differs
-    "What differs from the record"
+    "Code, images and libraries that differ from those in the record"
     known = recorded_provenance(run)
     return {name: [known.get(name), value] for name, value in now.items() if known.get(name) != value}
 
@@ -160,18 +161,18 @@ def describe_os_error(
     error:OSError,  # of reading or writing a file
     run:Record,     # the run it stopped
 )->str:             # one sentence
-    "What happened, and what to do about it"
+    "The error, and what to do about it"
     where, why = error.filename or run.path, error.strerror or error
     if error.errno in (errno.ENOSPC, errno.EDQUOT): what = f'there is no space left for {where}: free some'
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM): what = f'{where} cannot be written ({why}): make that folder writable'
-    else: what = f'{where} cannot be used ({why}): mend that'
-    return f'{what} and give the same command again, which goes on from the last state of the run'
+    else: what = f'{where} cannot be used ({why}): fix that'
+    return f'{what} and give the same command again, which resumes from the last state of the run'
 
 # %% ../../nbs/training/checkpoint.ipynb #ed49d5c8
 @contextmanager
 def explain_os_errors(
     run:Record,  # being written inside the `with` block
 ):
-    "Raise errors of files as one sentence"
+    "Inside a `with` block, raise errors of files as one sentence"
     try: yield
     except OSError as error: raise OSError(describe_os_error(error, run)) from None

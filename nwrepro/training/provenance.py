@@ -28,7 +28,7 @@ def versions(
 def git_state(
     folder:Path,                    # folder inside a git checkout, or not
 )->dict[str,str|bool|None]:         # `revision` (40 hex digits) and `dirty`; both None outside git
-    "Which commit is checked out, and whether tracked files differ from it"
+    "The commit that is checked out, and whether tracked files differ from it"
     def git(*args):
         try: done = subprocess.run(['git', '-C', str(folder), *args], capture_output=True, text=True, timeout=30)
         except (OSError, subprocess.TimeoutExpired): return None
@@ -41,7 +41,7 @@ def git_state(
 def imported_files(
     module:Path,     # a Python file of a package
 )->list[Path]:       # itself among them, sorted
-    "What a file imports from its own package, directly or not"
+    "Files that a file imports from its own package, directly or not"
     found, left = set(), [module]
     while left:
         path = left.pop()
@@ -77,7 +77,7 @@ def cpu_model(
 # %% ../../nbs/training/provenance.ipynb #81f68e82
 def machine(
 )->dict:    # `gpus` is a list of names, empty without a GPU; `cores` those this process may use
-    "What a run is computed on"
+    "Platform, processor and GPUs"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return dict(platform=platform.platform(), cpu=cpu_model(), cores=cores, threads=torch.get_num_threads(),
@@ -94,6 +94,6 @@ def determinism(
 # %% ../../nbs/training/provenance.ipynb #e3214496
 def provenance(
 )->dict:    # `versions`, `git`, `code`, `machine`, `determinism`, `date` (UTC)
-    "What a result depends on besides its parameters, here and now"
+    "What a result depends on besides its parameters"
     return dict(versions=versions(), git=git_state(project_root()), code=code_hash(), machine=machine(),
                 determinism=determinism(), date=datetime.now(timezone.utc).isoformat(timespec='seconds'))

@@ -15,7 +15,7 @@ from .runs import RESULTS, Record
 # %% ../../nbs/training/records.ipynb #f7aa6360
 def records(
     folder:str|Path|None=None,      # folder of runs; None = `reports/runs` of the project
-)->list[Record]:                    # by name; without those that were moved aside
+)->list[Record]:                    # by name; without those renamed to `*.old-*`
     "Every run of a folder and of the packs in it, ended or not; where a run is in both, its folder counts"
     folder = Path(folder or project_root()/'reports'/'runs')
     paths = {p.name: p for pack in sorted(folder.glob('*.zip'), reverse=True) for p in zipfile.Path(pack).iterdir() if p.is_dir()}
@@ -27,17 +27,18 @@ def records(
 def origin(
     record:Record,
 )->dict:    # `code`, `dirty`, `hardware`
-    "What a run was made by"
+    "Code and hardware that made a run"
     known = record.provenance
     machine = known.get('machine', {})
     hardware = ' + '.join(machine.get('gpus') or [machine.get('cpu') or 'unknown'])
     return dict(code=known.get('code'), dirty=known.get('git', {}).get('dirty'), hardware=hardware)
 
+# %% ../../nbs/training/records.ipynb #b73daca3
 def load_runs(
     folder:str|Path|None=None,      # folder of runs; None = `reports/runs` of the project
-)->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary, and `code`, `dirty` and `hardware` of its provenance
+)->pandas.DataFrame:                # one row per run: `run`, `status`, its parameters, its summary, and what `origin` says
     "Every run of a folder and of the packs in it, as one table"
-    rows = [dict(run=run.name, status=run.status) | run.config | run.summary | dict(status=run.status) | origin(run) for run in records(folder)]
+    rows = [dict(run=r.name, status=r.status) | r.config | r.summary | dict(status=r.status) | origin(r) for r in records(folder)]
     for norm in {row.get('norm') for row in rows}:
         own = [row for row in rows if row.get('norm') == norm]
         if len({row.get('scheme') for row in own}) > 1: [row.update(norm=f"{norm} ({str(row.get('scheme'))[:6]})") for row in own]
@@ -76,6 +77,7 @@ def check_pack(
     with zipfile.ZipFile(path) as archive:
         listed = {f'{run}/{file}': digest for run, file, _, digest in list(csv.reader(archive.read('files.csv').decode().splitlines()))[1:]}
         there = set(archive.namelist())-{'files.csv'}
-        odd = sorted(there^set(listed))+sorted(name for name in there&set(listed) if hashlib.sha256(archive.read(name)).hexdigest() != listed[name])
+        changed = [name for name in there&set(listed) if hashlib.sha256(archive.read(name)).hexdigest() != listed[name]]
+    odd = sorted(there^set(listed))+sorted(changed)
     if odd: raise ValueError(f"{path} is damaged: {', '.join(odd)} differ from its files.csv; take the file from the repository again")
     return len(listed)

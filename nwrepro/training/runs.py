@@ -17,7 +17,7 @@ from .files import to_json, restored, write_atomic
 def canonical(
     config:dict,    # parameters
 )->str:             # JSON, equal for equal parameters
-    "One text per set of parameters"
+    "Parameters as canonical JSON"
     def number(text): return int(float(text)) if float(text).is_integer() else float(text)
     return json.dumps(json.loads(to_json(config), parse_float=number), sort_keys=True, separators=(',', ':'))
 
@@ -29,14 +29,14 @@ def safe(
     return re.sub(r'[^A-Za-z0-9._-]|^\.', '_', str(word))[:40]
 
 # %% ../../nbs/training/runs.ipynb #95da280a
-NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0, augment='crop+mirror', eval_images=None, mixup=0., freeze_statistics=None)  # parameters that runs of before lack, and what they were then
+NEWER = dict(stem='imagenet', width=1., scheme=None, images=None, subset_seed=0, augment='crop+mirror', eval_images=None, mixup=0.,
+             freeze_statistics=None)  # parameters that earlier records lack, and their value in those runs
 
 def run_name(
     config:dict,                    # parameters; `norm`, `data`, `arch` and `seed` among them
-    ignore:tuple[str,...]=(),       # parameters that do not change the result, such as `workers`
 )->str:                             # one folder's name
     "`{norm}-{data}-{arch}-s{seed}-{hash}`"
-    counted = {k:v for k,v in config.items() if k not in ignore and not (k in NEWER and v == NEWER[k])}
+    counted = {k:v for k,v in config.items() if not (k in NEWER and v == NEWER[k])}
     digest = hashlib.sha256(canonical(counted).encode()).hexdigest()[:8]
     return '-'.join([*(safe(config[k]) for k in ('norm', 'data', 'arch')), f"s{safe(config['seed'])}", digest])
 
@@ -44,7 +44,7 @@ def run_name(
 def from_line(
     line:bytes,     # one line of a record
 )->dict:            # its values
-    "Read one line; ValueError where it is torn"
+    "Read one line; ValueError if it is incomplete"
     if not isinstance(value := json.loads(line), dict): raise ValueError('not a JSON object')
     return restored(value)
 
@@ -52,14 +52,15 @@ def from_line(
 def read_metrics(
     path:str|Path,      # `metrics.jsonl`, in a pack or not
 )->list[dict]:          # one dict per whole line, in order; empty where there is no file
-    "Lines of a record, without a last one that was cut off while it was written"
+    "Lines of a record, without an incomplete last one"
     path,values = Path(path) if isinstance(path, str) else path,[]
     lines = [line for line in path.read_bytes().split(b'\n') if line.strip()] if path.exists() else []
     for n,line in enumerate(lines, 1):
         try: values.append(from_line(line))
         except ValueError:
             if n == len(lines): break
-            raise ValueError(f'{path}: record {n} of {len(lines)} is damaged, which no cut explains: restore the file, or start the run over with fresh=True') from None
+            raise ValueError(f'{path}: record {n} of {len(lines)} is damaged, which no interruption explains: '
+                             'restore the file, or start the run over with fresh=True') from None
     return values
 
 # %% ../../nbs/training/runs.ipynb #5231a8a9
@@ -79,26 +80,29 @@ def record_path(
     name:str,       # of a run
     folder:Path,    # of runs
 )->Path:            # its folder, there or not; a `zipfile.Path` where the run is packed
-    "Where the files of a run are: in a folder of its own, or in one of the packs beside it"
+    "Folder of a run, or its place in one of the packs in `folder`"
     own = folder/name
-    packed = [] if own.exists() else [inside for pack in sorted(folder.glob('*.zip')) if (inside := zipfile.Path(pack, f'{name}/')).exists()]
-    return packed[0] if packed else own
+    if own.exists(): return own
+    packed = [zipfile.Path(pack, f'{name}/') for pack in sorted(folder.glob('*.zip'))]
+    return next((path for path in packed if path.exists()), own)
 
 # %% ../../nbs/training/runs.ipynb #cda7465e
 class Record:
-    "What a run has left on disk"
+    "The files of a run, to read"
     def __init__(self,
         name:str,                            # one folder's name, as `run_name` makes it
         folder:str|Path|None=None,           # folder of runs; None = `reports/runs` of the project
         checkpoints:str|Path|None=None,      # folder of weights and training states; None = `data/checkpoints` of the project
         path:Path|None=None,                 # where its files are; None = looked for in `folder`
     ):
-        if Path(name).name != name or name in ('', '..'): raise ValueError(f'{name!r} is not the name of a run: give one folder name, without a path')
+        if Path(name).name != name or name in ('', '..'):
+            raise ValueError(f'{name!r} is not the name of a run: give one folder name, without a path')
         self.name, self.folder = name, Path(folder or project_root()/'reports'/'runs').absolute()
         self.path = path or record_path(name, self.folder)
         self.checkpoints = Path(checkpoints or project_root()/'data'/'checkpoints').absolute()/name
     @property
-    def home(self)->Path: return Path(self.path.root.filename) if isinstance(self.path, zipfile.Path) else self.path  # its folder, or the pack that holds it
+    def home(self)->Path:  # its folder, or the pack that holds it
+        return Path(self.path.root.filename) if isinstance(self.path, zipfile.Path) else self.path
     @property
     def config(self)->dict: return {k:v for k,v in read_json(self.path/'config.json').items() if k != 'provenance'}
     @property
@@ -113,7 +117,7 @@ class Record:
 
 # %% ../../nbs/training/runs.ipynb #771bcda0
 class Log(Record):
-    "A run whose record is being written"
+    "A record that grows line by line"
     def log(self,
         event:str,          # 'train', 'eval', 'probe', 'resume', ...
         step:int,           # optimizer steps done
@@ -125,8 +129,8 @@ class Log(Record):
         try:
             with path.open('a', encoding='utf-8') as f: f.write(line)
         except OSError as error: raise OSError(error.errno, error.strerror, str(path)) from None
-    def cut(self,
-        step:float,             # the last step to keep; `math.inf` cuts a torn last line only
+    def truncate(self,
+        step:float,             # the last step to keep; `math.inf` removes an incomplete last line only
         redo:tuple[str,...]=(), # events that will happen once more at this very step
     )->None:
         def stays(event, at): return event == 'resume' or at < step or at == step and event not in redo
@@ -144,8 +148,8 @@ def move_aside(
 
 # %% ../../nbs/training/runs.ipynb #6b14a330
 class Run(Log):
-    "A run from its first start to its end"
-    changed = {}  # name -> [before, now] of what it was allowed to go on without
+    "The record of a run from its begin to its end"
+    changed = {}  # name -> [before, now] of code, libraries and images that changed since it began
     def begin(self,
         config:dict,            # parameters
         provenance:dict,        # as `provenance()` returns it
@@ -153,15 +157,15 @@ class Run(Log):
     )->None:
         status = self.status
         if status in RESULTS and not fresh:
-            raise ValueError(f'run {self.name} has ended ({status}): read its summary, or pass fresh=True to start over (the old run is kept)')
+            raise ValueError(f'run {self.name} has ended ({status}): read its summary, or start over with fresh=True (the old run is kept)')
         self.path = self.folder/self.name  # a packed run stays in its pack
         if fresh: move_aside(self.path, self.checkpoints)
-        elif status == 'new': move_aside(self.checkpoints)  # weights without a run: nobody knows whose
-        for half in (*self.path.glob('.*.part'), *self.checkpoints.glob('.*.part')): half.unlink(missing_ok=True)  # a killed process cannot
+        elif status == 'new': move_aside(self.checkpoints)  # weights without a record
+        for half in (*self.path.glob('.*.part'), *self.checkpoints.glob('.*.part')): half.unlink(missing_ok=True)  # of a killed process
         self.path.mkdir(parents=True, exist_ok=True)
         if not self.config: write_atomic(self.path/'config.json', to_json({**config, 'provenance': provenance}, indent=1)+'\n')
         (self.path/'summary.json').unlink(missing_ok=True)
-        self.cut(math.inf)
+        self.truncate(math.inf)
     def predictions(self,
         rows,                   # (image, label, prediction) per test image; `image` is its place among the images of the source, or a name
     )->None:
@@ -169,7 +173,7 @@ class Run(Log):
         write_atomic(self.path/'predictions.csv', text.getvalue())
     def finish(self,
         status:str,             # 'finished', 'diverged' or 'interrupted'
-        **summary               # what the run came to
+        **summary               # its results
     )->None:
         if status not in ENDS: raise ValueError(f'unknown status {status!r} of a run: accepted: {", ".join(ENDS)}')
         write_atomic(self.path/'summary.json', to_json(dict(status=status, **summary), indent=1)+'\n')

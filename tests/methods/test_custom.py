@@ -113,7 +113,7 @@ def test_a_result_of_other_code_is_shown_as_such(tmp_path, monkeypatch):
     assert run_it(tmp_path, lines.append, norm='wn')[0] == first and not lines
     monkeypatch.setattr(nwrepro.training.lifecycle, 'code_hash', lambda: 'feedfeedfeedfeed')
     assert run_it(tmp_path, lines.append, norm='wn')[0] == first
-    assert [line for line in lines if 'is of other code' in line and 'now feedfeed' in line and 'fresh=True' in line]
+    assert [line for line in lines if 'was made by other code' in line and 'now feedfeed' in line and 'fresh=True' in line]
     assert load_runs(tmp_path)[['code', 'hardware']].notna().all(axis=None)
 
 def folder_of(root, colour):

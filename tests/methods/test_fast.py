@@ -126,7 +126,7 @@ def test_groups_keep_their_own_rates():
     model = small('wn')
     fast = fast_form(model)
     optimizer = optimizer_of(fast, model)
-    for group in optimizer.param_groups: group.update(lr=0.1 if any(p is fast.conv1.weight for p in group['params']) else 0., lr_g=None)
+    for group in optimizer.param_groups: group.update(lr=0.1 if any(p is fast.conv1.weight for p in group['params']) else 0.)
     before = copy.deepcopy(fast.state_dict())
     step(fast, optimizer)
     assert {name for name, value in fast.state_dict().items() if not near(value, before[name], 1e-12)} == {'conv1.weight'}

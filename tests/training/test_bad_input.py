@@ -186,7 +186,7 @@ def test_images_that_vanish_are_asked_back(elsewhere, capsys):
 # files of runs
 
 @pytest.mark.parametrize('file, damage, sentence', [
-    ('metrics.jsonl', b'{"event": "train"\n{"event": "train", "step": 1, "epoch": 0}\n', 'record 1 of 2 is damaged, which no cut explains'),
+    ('metrics.jsonl', b'{"event": "train"\n{"event": "train", "step": 1, "epoch": 0}\n', 'record 1 of 2 is damaged, which no interruption explains'),
     ('config.json', b'{"norm": "w', 'its config.json is damaged')])
 def test_a_damaged_run_is_not_gone_on_with(file, damage, sentence, elsewhere, capsys):
     given = SMALL | dict(norm='wn')
@@ -209,7 +209,7 @@ def test_other_images_are_not_trained_into_the_same_run(elsewhere, capsys):
     (run/'summary.json').unlink()
     Image.new('RGB', (9, 9)).save(elsewhere/'images/train/a/9.jpg')
     assert main(words(given)) == 2
-    assert re.search(r'was begun with images \w{8}, now \w{8}: bring that back', capsys.readouterr().out.strip().splitlines()[-1])
+    assert re.search(r'was begun with images \w{8}, now \w{8}: restore that', capsys.readouterr().out.strip().splitlines()[-1])
     assert main(words(given | dict(accept_changes=True))) == 0
     resume, = [line for line in read_metrics(run/'metrics.jsonl') if line['event'] == 'resume']
     assert list(resume['changed']) == ['images']

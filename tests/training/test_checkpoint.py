@@ -180,7 +180,7 @@ def test_a_second_command_is_told_who_trains_and_changes_nothing(tmp_path, whole
     os.kill(first.pid, signal.SIGSTOP)
     before = {p: p.read_bytes() for p in project.record.path.iterdir()}
     code, out = project.run(norm='wn')
-    assert code == 2 and re.search(rf'is in the hands of process {first.pid} on \S+ since .*: wait for its end, or stop it', out.strip().splitlines()[-1])
+    assert code == 2 and re.search(rf'is locked by process {first.pid} on \S+ since .*: wait for its end, or stop it', out.strip().splitlines()[-1])
     code, out = project.run(norm='wn', fresh=True)
     assert code == 2 and f'process {first.pid}' in out
     assert {p: p.read_bytes() for p in project.record.path.iterdir()} == before
@@ -250,7 +250,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_once_there_is_space(whe
     disk(project.folder/where, f'size={small}')
     code, out = project.run('-c', KEEPING, norm='wn')
     last = out.strip().splitlines()[-1]
-    assert code == 2 and last.startswith(f'there is no space left for {project.folder/where}') and last.endswith('goes on from the last state of the run'), out
+    assert code == 2 and last.startswith(f'there is no space left for {project.folder/where}') and last.endswith('resumes from the last state of the run'), out
     assert project.record.status == 'started'
     state, torn = read_checkpoint(project.record)
     assert state['step'] > 0 and torn == []

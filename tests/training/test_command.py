@@ -44,6 +44,6 @@ def test_a_run_that_another_process_takes_in_between_is_left_to_it(tmp_path, mon
     given = dict(norm='wn', arch='resnet18', train_images=100, epochs=1, warmup_epochs=0, image_size=16, batch_size=20, max_steps=1, processes=2)
     try: assert main([word for k, v in given.items() for word in (f'--{k}', str(v))]) == 2
     finally: others[0].communicate('')
-    assert f'is in the hands of process {others[0].pid} on ' in capsys.readouterr().out.splitlines()[-1]
+    assert f'is locked by process {others[0].pid} on ' in capsys.readouterr().out.splitlines()[-1]
     run, = Path('reports/runs').iterdir()
     assert read_metrics(run/'metrics.jsonl') == [] and not (run/'summary.json').exists()

@@ -277,7 +277,7 @@ def test_a_killed_process_ends_the_run_and_the_same_command_goes_on(project):
     rank = {pid: Path(f'/proc/{pid}/environ').read_bytes() for pid in children(process.pid)}
     os.kill(next(pid for pid, env in rank.items() if b'RANK=1' in env.split(bytes(1))), signal.SIGKILL)
     out, err = process.communicate(timeout=60)
-    assert process.returncode != 0 and len([line for line in out.splitlines() if 'is gone' in line]) <= 1, out+err
+    assert process.returncode != 0 and len([line for line in out.splitlines() if 'has died' in line]) <= 1, out+err
     name, out = trained(project, 2, **given)
     assert re.search(r'resumed after step [1-9]', out), out
 

@@ -297,6 +297,6 @@ def test_a_loader_that_dies_while_the_last_step_is_saved_is_an_interruption(tmp_
     run = begin_run(recipe, digits, given, tmp_path)
     def die(training): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
     monkeypatch.setattr('nwrepro.training.loop.save_checkpoint', die)
-    with pytest.raises(Interrupted, match='cut it short'):
+    with pytest.raises(Interrupted, match='in the middle of a step'):
         fit(make_model(recipe, 10), make_views(recipe, digits), recipe, run, show=lambda line: os.kill(os.getpid(), signal.SIGTERM))
     assert run.status == 'interrupted'
