@@ -180,7 +180,7 @@ def test_wheel_of_the_source_distribution(project, tmp_path):
     assert all(word in metadata for word in ('License: Apache-2.0', 'License-File: LICENSE', 'generated from nbs/index.ipynb'))
     needed = [Requirement(r) for r in re.findall(r'^Requires-Dist: (.*)', metadata, re.M)]
     assert {canonicalize_name(r.name) for r in needed if not r.marker} == set(requirements('requirements'))
-    assert {canonicalize_name(r.name) for r in needed if r.marker} == set(requirements('dev_requirements')) | set(requirements('docs_requirements'))
+    assert {canonicalize_name(r.name) for r in needed if r.marker} == set().union(*(requirements(f'{extra}_requirements') for extra in ('dev', 'docs', 'export')))
 
 def test_who_only_trains_needs_no_nbdev():
     assert {'papermill', 'ipykernel'} <= set(requirements('requirements'))
@@ -189,5 +189,5 @@ def test_who_only_trains_needs_no_nbdev():
 def test_tested_versions_lie_in_the_ranges():
     lines = [line for line in (ROOT/'requirements-tested.txt').read_text().splitlines() if line and not line.startswith('#')]
     tested = {canonicalize_name(r.name): str(r.specifier).removeprefix('==') for r in map(Requirement, lines)}
-    for name, requirement in (requirements('requirements') | requirements('dev_requirements')).items():
+    for name, requirement in (requirements('requirements') | requirements('dev_requirements') | requirements('export_requirements')).items():
         assert name in tested and requirement.specifier.contains(tested[name]), f'{requirement} does not allow the tested {tested.get(name)}'

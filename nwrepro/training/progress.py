@@ -56,8 +56,8 @@ class ProgressBar:
         config = run.config
         epoch, total, text = progress(config, read_metrics(run.path/'metrics.jsonl'))
         if not self.bar:
-            self.bar = tqdm(total=total, initial=epoch, desc=config['norm'], file=self.file, position=1, leave=False, bar_format=self.FORMAT,
-                            postfix=[''], dynamic_ncols=True)
+            self.bar = tqdm(total=total, initial=epoch, desc=config['norm'], file=self.file, position=1, leave=False, dynamic_ncols=True,
+                            bar_format=self.FORMAT, postfix=[''])
         self.bar.n, self.bar.total, self.bar.postfix[0] = epoch, total, text
         self.bar.refresh()
 
@@ -69,6 +69,7 @@ def result_line(
     config, summary = run.config, run.summary
     of = f"{config['norm']} on {config['data']}, seed {config['seed']}"
     if run.status == 'diverged':
-        return f"{of}: diverged at step {summary['diverged_step']}, at learning rate {summary['diverged_lr']:.4g} ({summary['diverged_reason']})"
+        return (f"{of}: diverged at step {summary['diverged_step']}, at learning rate {summary['diverged_lr']:.4g} "
+                f"({summary['diverged_reason']})")
     test = 'hold-out' if config.get('holdout') else 'test'
     return f"{of}: {run.status}, {test} top-1 {summary['top1']:.2f} %, training top-1 {summary['train_top1']:.2f} %"
