@@ -1,4 +1,4 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = dict(SCHEMES='methods.later', Scheme='methods.schemes', convert='methods.schemes', fold='methods.deploy', to_timm='methods.deploy',
               load_runs='training.records', load_model='results.weights')  # the public interface
