@@ -120,7 +120,7 @@ Weights are stored in {dtype}.
 
 ## Data and licence
 
-{data}: {classes} classes, {train:,} training images. Licence of the data: {licence}. Code: Apache-2.0.
+{data}: {classes} classes, {train:,} training images{held}. Licence of the data: {licence}. Code: Apache-2.0.
 
 ## Provenance
 
@@ -135,12 +135,14 @@ def model_card(
     "Scheme, data, accuracy with interval, recipe, licence of the data: head for the hub, text for people"
     recipe, card, origin = recipe_of(run), data_card(run.config['data']), run.provenance
     def numbers(values): return '('+', '.join(f'{v:.4g}' for v in values)+')'
-    source, versions = run.config['source'], origin.get('versions', {})
+    source, versions, kind = run.config['source'], origin.get('versions', {}), NAMES.get(recipe.norm, f'scheme {recipe.norm}')
+    held = f', of which a share of {recipe.holdout:g} was held out' if recipe.holdout else ''
     text = CARD.format(
-        title=f'{recipe.norm} on {card.name}', network=network_words(run), result=result_words(run), size=recipe.image_size,
+        title=f'{recipe.arch} with {kind}, trained on {card.name}', network=network_words(run),
+        result=result_words(run), size=recipe.image_size,
         pipeline=recipe.pipeline, mean=numbers(card.mean), std=numbers(card.std), dtype=str(dtype).removeprefix('torch.'),
         data=card.name, licence=card.licence, rows='\n'.join(f'| {name} | {getattr(recipe, name)} |' for name in RECIPE_ROWS),
-        classes=source['classes'], train=recipe.train_images or source['train'], run=run.name,
+        classes=source['classes'], train=recipe.train_images or source['train'], held=held, run=run.name,
         date=str(origin.get('date', ''))[:10], nwrepro=versions.get('nwrepro'), torch=versions.get('torch'), code=origin.get('code'))
     return f'---\n{card_metadata(run, card).to_yaml()}\n---\n\n{text}'
 
