@@ -156,7 +156,7 @@ def write_model(
 )->Path:              # the folder
     "Weights, config and card of a run in one folder; ValueError for a run that has not finished, or whose weights are not here"
     choose('dtype', dtype, list(DTYPES))
-    if run.status != 'finished': raise ValueError(f'run {run.name} is {run.status}: only a finished run has weights to give away')
+    if run.status != 'finished': raise ValueError(f'run {run.name} is {run.status}: only a finished run can be exported')
     def stored(value): return (value.to(DTYPES[dtype]) if value.is_floating_point() else value).contiguous()
     weights = {name: stored(value) for name, value in trained(run).state_dict().items()}
     config, folder = run.config, Path(folder)

@@ -100,7 +100,7 @@ def test_what_is_not_there_is_named(elsewhere):
 def test_only_a_finished_run_is_given_away(elsewhere):
     train(SMALL | dict(norm='none', lr=1e6, max_steps=5), show=lambda line: None)
     run, = [Record(path.name) for path in (elsewhere/'reports/runs').iterdir()]
-    with pytest.raises(ValueError, match='is diverged: only a finished run has weights to give away'): write_model(run, 'out')
+    with pytest.raises(ValueError, match='is diverged: only a finished run can be exported'): write_model(run, 'out')
 
 def test_the_run_that_ended_last_is_taken_unless_another_is_named(elsewhere):
     first = finished(norm='bn')
