@@ -152,7 +152,7 @@ def check_parameters(
     if values['init'] is not None: choose(f"init for norm {values['norm']!r}", values['init'], (*SCHEMES[values['norm']].inits, 'keep'))
     choose('arch', values['arch'], ARCHS)
     check_stem(values['arch'], values['stem'])
-    return Checked(values)
+    return Checked({name: values[name] for name in RULES})
 
 # %% ../../nbs/training/recipe.ipynb #24affc44
 def notebook_parameters(
