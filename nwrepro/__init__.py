@@ -1,6 +1,7 @@
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-_HOMES = dict(SCHEMES='methods.later', Scheme='methods.schemes', convert='methods.schemes', fold='methods.deploy', to_timm='methods.deploy', load_runs='training.records')  # the public interface
+_HOMES = dict(SCHEMES='methods.later', Scheme='methods.schemes', convert='methods.schemes', fold='methods.deploy', to_timm='methods.deploy',
+              load_runs='training.records', load_model='results.weights')  # the public interface
 __all__ = list(_HOMES)
 
 def __getattr__(name):  # imported when asked for: most of what uses this package needs one of them

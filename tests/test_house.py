@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 from conftest import ROOT, git_files, run_in, snapshot
 
-ROOMS = ('common', 'methods', 'training', 'known', 'experiments', 'results', 'cost')  # in the order in which they may be imported
+ROOMS = ('common', 'methods', 'training', 'known', 'experiments', 'results', 'cost', 'cli')  # in the order in which they may be imported
 PAGES = ('index', 'train', 'sweep', 'cost', 'report')  # what one runs or opens first: they export nothing
 NOTEBOOK_ONLY = ('nbdev', 'papermill', 'jupyter', 'jupyterlab', 'jupyter_client', 'jupyter_core', 'IPython', 'ipykernel', 'fastcore', 'execnb')
 
@@ -47,7 +47,7 @@ def test_each_notebook_exports_the_module_of_its_name_and_place():
     for nb in notebooks():
         place = nb.relative_to(ROOT/'nbs').with_suffix('').parts if nb.is_relative_to(ROOT/'nbs') else ()
         assert exports(nb) in ([], ['.'.join(place)]), nb
-        if len(place) == 1: assert place[0] in (*PAGES, 'common', 'known'), nb
+        if len(place) == 1: assert place[0] in (*PAGES, 'common', 'known', 'cli'), nb
 
 def imports_of(module):
     "Modules of the package that one imports, as parts of their path, wherever in the file"
@@ -180,7 +180,10 @@ def test_wheel_of_the_source_distribution(project, tmp_path):
     assert all(word in metadata for word in ('License: Apache-2.0', 'License-File: LICENSE', 'generated from nbs/index.ipynb'))
     needed = [Requirement(r) for r in re.findall(r'^Requires-Dist: (.*)', metadata, re.M)]
     assert {canonicalize_name(r.name) for r in needed if not r.marker} == set(requirements('requirements'))
-    assert {canonicalize_name(r.name) for r in needed if r.marker} == set(requirements('dev_requirements')) | set(requirements('docs_requirements'))
+    assert {canonicalize_name(r.name) for r in needed if r.marker} == set().union(*(requirements(f'{extra}_requirements') for extra in ('dev', 'docs', 'export')))
+
+def test_the_changelog_begins_with_this_version():
+    assert re.search(r'^## (.*)$', (ROOT/'CHANGELOG.md').read_text(), re.M)[1] == config()['version']
 
 def test_who_only_trains_needs_no_nbdev():
     assert {'papermill', 'ipykernel'} <= set(requirements('requirements'))
@@ -189,5 +192,5 @@ def test_who_only_trains_needs_no_nbdev():
 def test_tested_versions_lie_in_the_ranges():
     lines = [line for line in (ROOT/'requirements-tested.txt').read_text().splitlines() if line and not line.startswith('#')]
     tested = {canonicalize_name(r.name): str(r.specifier).removeprefix('==') for r in map(Requirement, lines)}
-    for name, requirement in (requirements('requirements') | requirements('dev_requirements')).items():
+    for name, requirement in (requirements('requirements') | requirements('dev_requirements') | requirements('export_requirements')).items():
         assert name in tested and requirement.specifier.contains(tested[name]), f'{requirement} does not allow the tested {tested.get(name)}'

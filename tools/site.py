@@ -13,7 +13,7 @@ from nwrepro.training.records import load_runs
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/'_docs'
 REPOSITORY = 'https://github.com/nwrepro/nwrepro/blob/main/'
-GROUPS = {'To run': ('train', 'sweep', 'cost', 'report'), 'Methods': ('methods/', 'common'), 'Training': ('training/', 'known'), 'Experiments': ('experiments/',), 'Results and cost': ('results/', 'cost/')}
+GROUPS = {'To run': ('train', 'sweep', 'cost', 'report', 'cli'), 'Methods': ('methods/', 'common'), 'Training': ('training/', 'known'), 'Experiments': ('experiments/',), 'Results and cost': ('results/', 'cost/')}
 
 def slug(heading): return re.sub(r'[^\w\- ]', '', heading.lower().replace('-', ' ')).replace(' ', '-')
 

@@ -9,7 +9,7 @@ __all__ = ['run_caption', 'plot_run', 'plot_images', 'plot_signal', 'plot_grad_h
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from .figures import evenly_spaced
+from .figures import evenly_spaced, scheme_style
 from ..training.runs import Record
 
 # %% ../../nbs/results/run_figures.ipynb #2bcb72ba
@@ -29,9 +29,10 @@ def plot_run(
     metrics = run.metrics()
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout='constrained')
     parts = {event: metrics[metrics['event'] == event] for event in ('train', 'eval')} if len(metrics) else {}
-    lines = [('train', 'loss', 'top1', dict(color='0.7', lw=1), 'training batches'),
-             ('eval', 'train_loss', 'train_top1', dict(color='0.3', ls='--', marker='.'), 'training images, eval mode'),
-             ('eval', 'val_loss', 'top1', dict(color='k', marker='o', ms=4), 'test images, eval mode')]
+    color = scheme_style(run.config['norm'])['color']
+    lines = [('train', 'loss', 'top1', dict(color=color, lw=1, alpha=0.35), 'training batches'),
+             ('eval', 'train_loss', 'train_top1', dict(color=color, ls='--', marker='.'), 'training images, eval mode'),
+             ('eval', 'val_loss', 'top1', dict(color=color, marker='o', ms=4), 'test images, eval mode')]
     for event, loss, top1, how, label in lines:
         if not len(parts.get(event, ())): continue
         left.plot(parts[event]['epoch'], parts[event][loss], label=label, **how)
@@ -91,7 +92,8 @@ def plot_grad_history(
     "Gradient norm over the steps before a divergence"
     history = [float('nan') if norm is None else float(norm) for norm in summary['grad_history']]
     fig, ax = plt.subplots(figsize=(5, 3), layout='constrained')
-    ax.semilogy(range(summary['diverged_step']-len(history)+1, summary['diverged_step']+1), history, '.-', color='k')
+    ax.semilogy(range(summary['diverged_step']-len(history)+1, summary['diverged_step']+1), history, '.-',
+                color=scheme_style(summary['norm'])['color'])
     ax.set(xlabel='step', ylabel='gradient norm', title=f"{summary['norm']}, lr {summary['lr']:g}: {summary['diverged_reason']}")
     plt.close(fig)
     return fig

@@ -1,10 +1,12 @@
 "Folding and the way back to timm, for every scheme and for schemes of one's own"
+import sys
 import pytest, timm, torch
 from conftest import FIVE
 from safetensors.torch import load, save
 from torch import nn
 from nwrepro.methods.layers import WNConv2d, weight_normalize
-from nwrepro.methods.deploy import fold, to_timm
+from nwrepro.methods.deploy import fold, onnx_error, to_timm, write_onnx
+from nwrepro.methods.networks import stock_network
 from nwrepro.methods.schemes import convert, no_norm, strict_weight_normalize
 from test_schemes import mine
 
@@ -86,3 +88,29 @@ def test_a_scheme_of_ones_own_is_given_back_whole(slots, mine):
     stock = timm.create_model('resnet18', num_classes=10).eval()
     stock.load_state_dict(to_timm(model))
     assert torch.allclose(stock(x), model(x), rtol=1e-3, atol=1e-3*model(x).abs().max().item())
+
+LATER = ('gn', 'gn_ws', 'wn_mbn', 'skipinit', 'nf', 'dyt')
+NOT_FOLDED = ('gn', 'gn_ws')
+
+@pytest.mark.parametrize('norm', (*FIVE, *LATER))
+def test_onnx_gives_the_logits_of_torch(norm, tmp_path):
+    for package in ('onnxscript', 'onnxruntime'): pytest.importorskip(package)
+    torch.manual_seed(0)
+    model = convert(stock_network('resnet18', 10, 'cifar', 0.25), norm, x=torch.randn(32, 3, 32, 32))
+    with torch.no_grad():
+        for p in model.parameters(): p.mul_(1+0.2*torch.rand_like(p)).add_(0.05*torch.randn_like(p)*p.abs().mean())
+    model.train()(torch.randn(8, 3, 32, 32))
+    for p in model.parameters(): p.data = p.data.bfloat16().float()  # as weights that were stored in bf16
+    write_onnx(model if norm in NOT_FOLDED else fold(model), tmp_path/'model.onnx', 32)
+    for images in (1, 5): assert onnx_error(tmp_path/'model.onnx', model, torch.randn(images, 3, 32, 32)) <= 1e-5
+
+def test_onnx_of_the_paper_s_network_in_double_precision_and_channels_last(tmp_path):
+    for package in ('onnxscript', 'onnxruntime'): pytest.importorskip(package)
+    model = network('resnet50', 'wn', torch.float64, strides='v1').to(memory_format=torch.channels_last)
+    write_onnx(fold(model), tmp_path/'model.onnx', 64)
+    assert model.conv1.v.dtype == torch.float64 and model.conv1.v.is_contiguous(memory_format=torch.channels_last)  # left untouched
+    assert onnx_error(tmp_path/'model.onnx', model.float(), torch.randn(2, 3, 64, 64)) <= 1e-5
+
+def test_without_the_extra_onnx_is_refused_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'onnxscript', None)
+    with pytest.raises(ValueError, match=r"onnxscript is not installed: pip install 'nwrepro\[export\]'"): write_onnx(nn.Identity(), tmp_path/'x.onnx', 8)

@@ -1,17 +1,26 @@
 "The command: flags, and a run that is passed on to several processes"
-import ast, subprocess, sys
+import ast, re, subprocess, sys
 from pathlib import Path
 import pytest
 from conftest import ROOT, git_files
 from nwrepro.training import command
 from nwrepro.training.checkpoint import release_lock
 from nwrepro.training.command import main
+from nwrepro.training.recipe import USUAL
 from nwrepro.training.runs import read_metrics
 
 def test_flags_are_not_abbreviated(capsys):
     "--proc would be another parameter as soon as a second one begins with it"
     with pytest.raises(SystemExit) as stopped: main(['--lr', '0', '--nor', 'wn'])
     assert stopped.value.code == 2 and 'unrecognized arguments: --nor wn' in capsys.readouterr().err
+
+def test_a_wrong_flag_is_answered_in_one_sentence(capsys):
+    with pytest.raises(SystemExit): main(['--nrom', 'wn'], 'nwrepro train')
+    assert capsys.readouterr().err == 'nwrepro train: unrecognized arguments: --nrom wn (did you mean --norm?); nwrepro train --help lists what is accepted\n'
+
+def test_help_begins_with_the_usual_parameters(capsys):
+    with pytest.raises(SystemExit): main(['--help'])
+    assert re.findall(r'^  --(\w+)', capsys.readouterr().out, re.M)[:5] == list(USUAL)
 
 def test_no_parser_takes_abbreviations():
     loose = []

@@ -65,6 +65,12 @@ def test_a_cut_run_ends_as_one_that_was_not_cut(norm, every, tmp_path):
     assert {k: v for k, v in again.items() if k not in different} == {k: v for k, v in summary.items() if k not in different}
     assert not list(cut.checkpoints.glob('step-*'))
 
+def test_a_run_is_watched_after_each_line_of_its_record(tmp_path):
+    seen = []
+    def watched(*args, **kwargs): return fit(*args, **kwargs, watch=lambda run: seen.append(run.metrics()['step'].iloc[-1]))
+    _, run = train(tmp_path, watched, norm='wn', lr=0.01)
+    assert seen == run.metrics().query('event in ("train", "eval")')['step'].tolist() and len(seen) > 5
+
 def test_an_interrupt_saves_the_step_and_says_how_to_go_on(tmp_path):
     presses = [signal.SIGINT]
     def watch(run):
