@@ -136,7 +136,8 @@ def local_loader(
     *args, **kwargs  # as `loader` takes them
 ):                   # its batches, or the share of them that this process has
     "The batches of this process"
-    return loader(views, *args, workers=engine.workers, process=engine.dist.process_index, processes=engine.dist.num_processes, **kwargs)
+    dist = engine.dist
+    return loader(views, *args, workers=engine.workers, process=dist.process_index, processes=dist.num_processes, device=engine.accelerator.device, **kwargs)
 
 def readable_copy(
     engine:Engine,
