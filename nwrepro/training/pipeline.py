@@ -33,7 +33,11 @@ class Standardise:
         mean,std = torch.tensor([mean, std])[:,:,None,None]
         self.a,self.b = 1/(255*std),mean/std
 
-    def __call__(self, pixels): return (pixels*self.a.to(pixels.device)).sub_(self.b.to(pixels.device))
+    def __call__(self, pixels):
+        if pixels.device.type != 'cpu': return (pixels*self.a.to(pixels.device)).sub_(self.b.to(pixels.device))
+        x = torch.empty(pixels.shape)
+        for one,out in zip(pixels, x, strict=True) if pixels.ndim == 4 else [(pixels, x)]: torch.mul(one, self.a, out=out).sub_(self.b)  # image by image, in the CPU's cache
+        return x
 
 # %% ../../nbs/training/pipeline.ipynb #6e0b71c2
 def planes(
