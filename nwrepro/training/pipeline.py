@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIPELINES', 'AUGMENT', 'Standardise', 'planes', 'resample', 'resize', 'squash', 'at_least', 'random_crop',
-           'centre_crop', 'random_resized_crop', 'centre_resized', 'Pipeline', 'pipelines', 'key', 'set_random_state',
-           'kept_random_state', 'Views', 'order', 'deaf', 'Batches', 'loader']
+           'centre_crop', 'random_resized_crop', 'centre_resized', 'Pipeline', 'check_prepared', 'pipelines', 'key',
+           'set_random_state', 'kept_random_state', 'Views', 'order', 'deaf', 'Batches', 'loader']
 
 # %% ../../nbs/training/pipeline.ipynb #8c4d7665
 import hashlib, math, random, signal
@@ -20,7 +20,7 @@ from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision.transforms import Compose
 from torchvision.transforms.functional import center_crop
-from ..common import unknown
+from ..common import choose
 from .data import Images, Source
 
 # %% ../../nbs/training/pipeline.ipynb #802bfa93
@@ -136,6 +136,19 @@ class Pipeline:
 PIPELINES = ('period', 'modern')
 AUGMENT = ('crop+mirror', 'mirror', 'off')  # random views of training images; the crop is the pipeline's own
 
+# %% ../../nbs/training/pipeline.ipynb #547d5824
+def check_prepared(
+    prepared:dict,  # of a source in shards
+    kind:str,       # in `PIPELINES`
+    side:int,       # pixels that a prepared image should have
+)->None:
+    "ValueError where images in shards were resized for something else"
+    if prepared['pipeline'] == 'period' != kind:
+        raise ValueError('these shards hold images squashed to a square, for pipeline period: give recipe paper, or write shards with pipeline modern')
+    if side > prepared['side']:
+        raise ValueError(f"these shards hold images of {prepared['side']} pixels, and this image_size takes {side}: "
+                         'give a smaller image_size, or write the shards with a larger side')
+
 # %% ../../nbs/training/pipeline.ipynb #6ebad48c
 def pipelines(
     source:Source, # for statistics, mirror and crop
@@ -144,12 +157,12 @@ def pipelines(
     augment:str='crop+mirror', # in `AUGMENT`; without a crop, the whole image is resized to the input, in training and in test
 )->Pipeline:
     "The input pipeline of a recipe for a source"
-    if kind not in PIPELINES: raise unknown('pipeline', kind, PIPELINES)
-    if augment not in AUGMENT: raise unknown('augment', augment, AUGMENT)
+    choose('pipeline', kind, PIPELINES), choose('augment', augment, AUGMENT)
     if kind == 'modern' and augment != 'crop+mirror':
         raise ValueError(f"augment = {augment} is for recipe paper: the modern recipe always crops, so leave augment out or give recipe=paper")
     if size < 16: raise ValueError(f"image_size {size} is too small: a ResNet needs at least 16 pixels")
     side,standardise = round(size*256/224) if augment == 'crop+mirror' else size,Standardise(source.mean, source.std)
+    if source.prepared: check_prepared(source.prepared, kind, side)
     if kind == 'period':
         crop = partial(random_crop, size=size, mirror=source.mirror and augment != 'off')
         return Pipeline(partial(squash, side=side), crop, partial(centre_crop, size=size), standardise)
