@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PIPELINES', 'AUGMENT', 'Standardise', 'planes', 'resample', 'resize', 'squash', 'at_least', 'random_crop',
            'centre_crop', 'random_resized_crop', 'centre_resized', 'Pipeline', 'check_prepared', 'pipelines', 'key',
-           'set_random_state', 'kept_random_state', 'Views', 'order', 'deaf', 'Batches', 'loader']
+           'set_random_state', 'kept_random_state', 'Views', 'order', 'deaf', 'explain_shared_memory', 'Batches',
+           'loader']
 
 # %% ../../nbs/training/pipeline.ipynb #8c4d7665
-import hashlib, math, random, signal
+import hashlib, math, os, random, shutil, signal
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -251,6 +252,16 @@ def deaf(
         if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 # %% ../../nbs/training/pipeline.ipynb #c5fd7ac6
+@contextmanager
+def explain_shared_memory():
+    "ValueError with what to do, where workers run out of shared memory"
+    try: yield
+    except RuntimeError as error:
+        if 'shared memory' not in str(error): raise
+        size = f"{shutil.disk_usage('/dev/shm').total/2**20:,.0f} MiB" if os.path.isdir('/dev/shm') else 'too little'
+        raise ValueError(f"the processes that load images are out of shared memory (/dev/shm has {size}; Docker's default is 64 MiB): "
+                         'give --workers 0, or start the container with more, such as --shm-size 8g') from None
+
 class Batches:
     "Batches of a loader, standardised on a device"
     def __init__(self,
@@ -260,7 +271,8 @@ class Batches:
     ): self.batches,self.standardise,self.device = batches,standardise,device
     def __len__(self): return len(self.batches)
     def __iter__(self):
-        for pixels,y,i in self.batches: yield self.standardise(pixels.to(self.device, non_blocking=True)),y,i
+        with explain_shared_memory():
+            for pixels,y,i in self.batches: yield self.standardise(pixels.to(self.device, non_blocking=True)),y,i
 
 # %% ../../nbs/training/pipeline.ipynb #d390210b
 def loader(

@@ -1,5 +1,5 @@
 "Images from disk to batches: bad folders and files, workers, random states, subsets, real photographs where they are"
-import io, os, pickle, random, shutil, traceback
+import io, os, pickle, random, shutil, subprocess, sys, traceback
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from conftest import ROOT
 from nwrepro.common import project_root, unknown
 from nwrepro.training.data import Images, balanced, data_folder, fingerprint, holdout, read_digits
-from nwrepro.training.pipeline import PIPELINES, Pipeline, Views, key, kept_random_state, loader, order, pipelines, resize, set_random_state
+from nwrepro.training.pipeline import PIPELINES, Batches, Pipeline, Views, key, kept_random_state, loader, order, pipelines, resize, set_random_state
 from nwrepro.training.sources import NAMES, auto_source, check_imagenet, load_source, same_classes
 
 KINDS = pytest.mark.parametrize('kind', PIPELINES)
@@ -610,6 +610,25 @@ def test_orders_of_epochs_and_seeds_differ(digits):
     (dict(batch_size=13, drop_last=True), 'batch_size 13 does not fit 12 images'), (dict(workers=-1), 'workers is -1')])
 def test_bad_batches(coloured, kwargs, part):
     assert part in fault(loader, Views(coloured.train, range(12), pipelines(coloured, 32, 'period'), True), **kwargs)
+
+SMALL_SHM = ('unshare', '-rm', 'sh', '-c', 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', 'sh')
+
+def test_too_little_shared_memory_is_one_sentence(tmp_path):
+    "What a container of Docker gives to workers"
+    if not shutil.which('unshare') or subprocess.run([*SMALL_SHM, 'true'], capture_output=True).returncode: pytest.skip('no /dev/shm of 64 MB can be mounted here: unshare is not allowed')
+    given = '--data digits --norm none --arch resnet18 --image_size 320 --batch_size 360 --epochs 1 --compile off'.split()
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run([*SMALL_SHM, sys.executable, '-m', 'nwrepro.training', *given, '--workers', '1'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert "out of shared memory (/dev/shm has 64 MiB; Docker's default is 64 MiB): give --workers 0, or" in done.stdout.splitlines()[-1]
+
+def test_a_worker_that_died_of_too_little_shared_memory_is_one_sentence():
+    def batches(message):
+        yield torch.zeros(1, 3, 2, 2), 0, 0
+        raise RuntimeError(message)
+    bus_error = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory. Please try to raise your shared memory limit."
+    assert '--shm-size' in fault(list, Batches(batches(bus_error), torch.clone))
+    with pytest.raises(RuntimeError, match='exited unexpectedly'): list(Batches(batches('DataLoader worker (pid(s) 7) exited unexpectedly'), torch.clone))
 
 # real photographs
 
