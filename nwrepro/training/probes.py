@@ -54,7 +54,7 @@ def eval_mode(
 @contextmanager
 def output_hooks(
     modules:dict[str,nn.Module],   # modules by name
-    see,                           # called as `see(name, output)` each time one of them has run; what it returns is ignored
+    see,                           # called as `see(name, output)` when one of them has run; clone an output to keep it: ReLU, as in timm, overwrites it
 ):
     "Watch the outputs of modules, in order of execution, inside a `with` block"
     def hook_for(name):
