@@ -36,8 +36,8 @@ class Standardise:
 
     def __call__(self, pixels):
         if pixels.device.type != 'cpu': return (pixels*self.a.to(pixels.device)).sub_(self.b.to(pixels.device))
-        x = torch.empty(pixels.shape)
-        for one,out in zip(pixels, x, strict=True) if pixels.ndim == 4 else [(pixels, x)]: torch.mul(one, self.a, out=out).sub_(self.b)  # image by image, in the CPU's cache
+        x = torch.empty(pixels.shape)  # image by image, since a whole batch does not fit the CPU's cache
+        for one,out in zip(pixels, x, strict=True) if pixels.ndim == 4 else [(pixels, x)]: torch.mul(one, self.a, out=out).sub_(self.b)
         return x
 
 # %% ../../nbs/training/pipeline.ipynb #6e0b71c2
@@ -145,7 +145,8 @@ def check_prepared(
 )->None:
     "ValueError where images in shards were resized for something else"
     if prepared['pipeline'] == 'period' != kind:
-        raise ValueError('these shards hold images squashed to a square, for pipeline period: give recipe paper, or write shards with pipeline modern')
+        raise ValueError('these shards hold images squashed to a square, for pipeline period: '
+                         'give recipe paper, or write shards with pipeline modern')
     if side > prepared['side']:
         raise ValueError(f"these shards hold images of {prepared['side']} pixels, and this image_size takes {side}: "
                          'give a smaller image_size, or write the shards with a larger side')
@@ -155,12 +156,13 @@ def pipelines(
     source:Source, # for statistics, mirror and crop
     size:int,      # height and width of the input, pixels
     kind:str,      # 'period' or 'modern'
-    augment:str='crop+mirror', # in `AUGMENT`; without a crop, the whole image is resized to the input, in training and in test
+    augment:str='crop+mirror', # in `AUGMENT`; without a crop, the whole image is resized to the input
 )->Pipeline:
     "The input pipeline of a recipe for a source"
     choose('pipeline', kind, PIPELINES), choose('augment', augment, AUGMENT)
     if kind == 'modern' and augment != 'crop+mirror':
-        raise ValueError(f"augment = {augment} is for recipe paper: the modern recipe always crops, so leave augment out or give recipe=paper")
+        raise ValueError(f"augment = {augment} is for recipe paper: the modern recipe always crops, "
+                         "so leave augment out or give recipe=paper")
     if size < 16: raise ValueError(f"image_size {size} is too small: a ResNet needs at least 16 pixels")
     side,standardise = round(size*256/224) if augment == 'crop+mirror' else size,Standardise(source.mean, source.std)
     if source.prepared: check_prepared(source.prepared, kind, side)
@@ -168,8 +170,9 @@ def pipelines(
         crop = partial(random_crop, size=size, mirror=source.mirror and augment != 'off')
         return Pipeline(partial(squash, side=side), crop, partial(centre_crop, size=size), standardise)
     random_views = dict(scale=(source.crop_area, 1.), hflip=0.5*source.mirror, color_jitter=None)
-    made = create_transform(size, is_training=True, interpolation='bicubic', normalize=False, **random_views).transforms[:-1]  # the last makes a tensor
-    return Pipeline(partial(at_least, side=side), partial(random_resized_crop, transform=Compose(made)), partial(centre_resized, size=size), standardise)
+    *made,_ = create_transform(size, is_training=True, normalize=False, **random_views).transforms  # the last makes a tensor
+    crop = partial(random_resized_crop, transform=Compose(made))
+    return Pipeline(partial(at_least, side=side), crop, partial(centre_resized, size=size), standardise)
 
 # %% ../../nbs/training/pipeline.ipynb #7998f56f
 def key(
@@ -185,7 +188,7 @@ def set_random_state(
     "Start `random`, numpy and torch's CPU generator from `seed`"
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # NOTE: torch.manual_seed would restart the GPUs' generators too, and with them a model's dropout
+    torch.default_generator.manual_seed(seed)  # NOTE: torch.manual_seed would seed the GPUs too, and with them a model's dropout
 
 # %% ../../nbs/training/pipeline.ipynb #6a839336
 @contextmanager
@@ -194,7 +197,8 @@ def kept_random_state():
     states = random.getstate(),numpy.random.get_state(),torch.default_generator.get_state()
     try: yield
     finally:
-        for restore,state in zip((random.setstate, numpy.random.set_state, torch.default_generator.set_state), states, strict=True): restore(state)
+        restorers = random.setstate,numpy.random.set_state,torch.default_generator.set_state
+        for restore,state in zip(restorers, states, strict=True): restore(state)
 
 # %% ../../nbs/training/pipeline.ipynb #e31e8230
 class Views(Dataset):

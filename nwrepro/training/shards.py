@@ -31,6 +31,7 @@ def original_file(
     suffix = Path(images.path(i)).suffix[1:].lower() if images.root else (Image.open(io.BytesIO(content)).format or '').lower()
     return {'jpeg': 'jpg'}.get(suffix, suffix), content
 
+# %% ../../nbs/training/shards.ipynb #af1fd78c
 def append(
     tar:tarfile.TarFile,# open for writing
     name:str,           # of the member
@@ -60,9 +61,11 @@ def keys_of(
 )->list[str]:
     "Names of all images of a split; ValueError where two would be the same"
     names = pandas.Series([key_of(images, i, classes) for i in range(len(images))])
-    if len(twice := names[names.duplicated()]): raise ValueError(f'two images would be {twice.iloc[0]} in the shards of {images.split}: give one of them another name')
+    if len(twice := names[names.duplicated()]):
+        raise ValueError(f'two images would be {twice.iloc[0]} in the shards of {images.split}: give one of them another name')
     return list(names)
 
+# %% ../../nbs/training/shards.ipynb #e653baed
 def write_shard(
     images:Images,      # one split
     names:list[str],    # of its images
@@ -126,9 +129,12 @@ def card_of(
     "How images are prepared; ValueError for what cannot be done"
     choose('pipeline', pipeline, PIPELINES)
     if side < 16 or not 1 <= (100 if quality is None else quality) <= 100:
-        raise ValueError(f'side is {side} and quality {quality}: give a side of at least 16 pixels, and a quality of 1 to 100, or None for lossless')
-    return dict(side=side, pipeline=pipeline, format='lossless WebP' if quality is None else 'JPEG', quality=quality, torch=torch.__version__, pillow=pillow)
+        raise ValueError(f'side is {side} and quality {quality}: give a side of at least 16 pixels, '
+                         'and a quality of 1 to 100, or None for lossless')
+    form = 'lossless WebP' if quality is None else 'JPEG'
+    return dict(side=side, pipeline=pipeline, format=form, quality=quality, torch=torch.__version__, pillow=pillow)
 
+# %% ../../nbs/training/shards.ipynb #1bf1cbbe
 class Prepare:
     "An image of a split as a file, resized for a pipeline"
     def __init__(self,
@@ -158,6 +164,7 @@ def sum_of(
         while part := f.read(2**20): digest.update(part)
     return digest.hexdigest()
 
+# %% ../../nbs/training/shards.ipynb #3bc6939c
 def begin_or_resume(
     part:Path,      # folder of what is being written
     plan:dict,      # which images, and how
@@ -166,7 +173,8 @@ def begin_or_resume(
     part.mkdir(parents=True, exist_ok=True)
     known = part/'plan.json'
     if known.is_file() and json.loads(known.read_text()) != plan:
-        raise ValueError(f'{shown(part.absolute())} holds shards that were begun from other images or in another way: delete it, or give a new folder')
+        raise ValueError(f'{shown(part.absolute())} holds shards that were begun from other images or in another way: '
+                         'delete it, or give a new folder')
     known.write_text(json.dumps(plan))
 
 # %% ../../nbs/training/shards.ipynb #a6d3edce
@@ -191,7 +199,8 @@ def write_shards(
     (part/'_info.json').write_text(json.dumps(info, indent=1)+'\n')
     (part/'classes.txt').write_text(''.join(f'{name}\n' for name in source.classes), encoding='utf-8')
     for path in (part/'plan.json', *part.glob('*-*.csv')): path.unlink()
-    (part/'SHA256SUMS').write_text(''.join(f'{sum_of(path)}  {path.name}\n' for path in sorted(part.iterdir()) if path.name != 'SHA256SUMS'))
+    sums = [f'{sum_of(path)}  {path.name}\n' for path in sorted(part.iterdir()) if path.name != 'SHA256SUMS']
+    (part/'SHA256SUMS').write_text(''.join(sums))
     os.replace(part, folder)
     return info
 
@@ -220,12 +229,14 @@ class ShardImages(Images):
     def name(self, i): return f"{self.split}/{self.items.table['name'][i].decode()}"
     def path(self, i): return f"{self.items.table['name'][i].decode()} in {self.items.paths[self.items.table['shard'][i]]}"
 
+# %% ../../nbs/training/shards.ipynb #530b10dd
 def as_arrays(
     rows,           # data frame or list, with or in the order of `COLUMNS`
 )->dict:            # `COLUMNS` -> array: int64, and the names as bytes
     "A table as reading wants it"
     frame = pandas.DataFrame(rows, columns=COLUMNS)
-    return {name: frame[name].to_numpy('int64') for name in COLUMNS[:-1]} | dict(name=numpy.char.encode(frame['name'].to_numpy(str), 'utf-8'))
+    names = numpy.char.encode(frame['name'].to_numpy(str), 'utf-8')
+    return {name: frame[name].to_numpy('int64') for name in COLUMNS[:-1]} | dict(name=names)
 
 # %% ../../nbs/training/shards.ipynb #9cd64a19
 def label_of(
@@ -233,9 +244,11 @@ def label_of(
     name:str,       # of the member and its shard
 )->int:             # ValueError where it is no number of a class
     "The label of an image"
-    if not text.strip().isdigit(): raise ValueError(f"label {name} is {text[:20].decode('utf-8', 'replace')!r}: expected the number of a class, 0 or more")
+    if not text.strip().isdigit():
+        raise ValueError(f"label {name} is {text[:20].decode('utf-8', 'replace')!r}: expected the number of a class, 0 or more")
     return int(text)
 
+# %% ../../nbs/training/shards.ipynb #71448005
 def look_through(
     paths:list[Path],   # of the shards
 )->dict:                # `COLUMNS` -> array; ValueError where a shard is damaged, or an image has no label
@@ -248,13 +261,16 @@ def look_through(
                 for member in tar:
                     folder, slash, base = member.name.rpartition('/')
                     stem, _, suffix = base.partition('.')
-                    if suffix == 'cls': labels[folder+slash+stem] = label_of(tar.extractfile(member).read(), f'{member.name} in {shown(path)}')
-                    elif suffix.lower() in ('jpg', 'jpeg', 'png', 'webp'): images[folder+slash+stem] = (member.offset_data, member.size, member.name)
-        except tarfile.TarError as error: raise ValueError(f'shard {shown(path)} is damaged or cut short ({error}): copy it again') from None
+                    key = folder+slash+stem
+                    if suffix == 'cls': labels[key] = label_of(tar.extractfile(member).read(), f'{member.name} in {shown(path)}')
+                    elif suffix.lower() in ('jpg', 'jpeg', 'png', 'webp'): images[key] = (member.offset_data, member.size, member.name)
+        except tarfile.TarError as error:
+            raise ValueError(f'shard {shown(path)} is damaged or cut short ({error}): copy it again') from None
         rows += [(shard, offset, size, labels[key], name) for key, (offset, size, name) in images.items() if key in labels]
         lost, count = lost+[f'{name} in {shown(path)}' for key, (_, _, name) in images.items() if key not in labels], count+len(images)
     if lost or not rows:
-        what = f'{len(lost):,} of {count:,} images in {shown(paths[0])} and its like have no label, such as {lost[0]}' if lost else f'no image is in {shown(paths[0])} and its like'
+        what = f'no image is in {shown(paths[0])} and its like'
+        if lost: what = f'{len(lost):,} of {count:,} images in {shown(paths[0])} and its like have no label, such as {lost[0]}'
         raise ValueError(f'{what}: each needs one beside it in the same shard, as in x.jpg and x.cls')
     return as_arrays(rows)
 
@@ -274,7 +290,8 @@ def read_shard_split(
     for path, end in zip(paths, needed, strict=True):
         again = 'copy it again, and check all with `sha256sum -c SHA256SUMS` there'
         if not path.is_file(): raise ValueError(f'shard {shown(path)} is missing: {again}')
-        if path.stat().st_size < end: raise ValueError(f'shard {shown(path)} is cut short, at {path.stat().st_size:,} of more than {end:,} bytes: {again}')
+        if path.stat().st_size < end:
+            raise ValueError(f'shard {shown(path)} is cut short, at {path.stat().st_size:,} of more than {end:,} bytes: {again}')
     return ShardImages(Shards(paths, found), found['label'], split)
 
 # %% ../../nbs/training/shards.ipynb #140e74fc
@@ -295,21 +312,25 @@ def read_shards(
     "A source of images in shards; ValueError that names what is missing"
     found = [split for split in ('train', 'val', 'validation', 'test') if any(folder.glob(f'{split}-*.tar'))]
     if found[:1] != ['train'] or len(found) < 2:
-        raise ValueError(f"no shards for data={name} ({shown(folder)} holds {' and '.join(found)+' only' if found else 'neither train-*.tar nor val-*.tar'}): "
+        there = ' and '.join(found)+' only' if found else 'neither train-*.tar nor val-*.tar'
+        raise ValueError(f'no shards for data={name} ({shown(folder)} holds {there}): '
                          'write them with nwrepro.training.shards.write_shards, or correct data_dir or NWREPRO_DATA')
     train, val = (read_shard_split(folder, split) for split in found[:2])
     listed, facts = folder/'classes.txt', folder/'_info.json'
     info = json.loads(facts.read_text()) if facts.is_file() else {}
     for split, images in zip(found, (train, val)):
         written = info.get('splits', {}).get(split, {}).get('num_samples', len(images))
-        if written != len(images): raise ValueError(f'{shown(folder)} has {len(images):,} images of {split} where {written:,} were written: '
-                                                    'copy it again, and check all with `sha256sum -c SHA256SUMS` there')
+        if written != len(images):
+            raise ValueError(f'{shown(folder)} has {len(images):,} images of {split} where {written:,} were written: '
+                             'copy it again, and check all with `sha256sum -c SHA256SUMS` there')
     classes = listed.read_text(encoding='utf-8').splitlines() if listed.is_file() else [str(y) for y in range(max(train.labels)+1)]
     beyond = max(*train.labels, *val.labels)
     if min(*train.labels, *val.labels) == 1 and beyond in (len(classes), len(classes)-1):
-        raise ValueError(f'{shown(folder)} has labels from 1 to {beyond}, and no image of class 0: number the classes from 0 on, and write the shards anew')
-    if beyond >= len(classes): raise ValueError(f'{shown(folder)} has an image of class {beyond}, where there are {len(classes)} classes from 0 on: '
-                                                'list all of them in classes.txt, one name a line, or write the shards anew')
+        raise ValueError(f'{shown(folder)} has labels from 1 to {beyond}, and no image of class 0: '
+                         'number the classes from 0 on, and write the shards anew')
+    if beyond >= len(classes):
+        raise ValueError(f'{shown(folder)} has an image of class {beyond}, where there are {len(classes)} classes from 0 on: '
+                         'list all of them in classes.txt, one name a line, or write the shards anew')
     source = Source(name, classes, train, val, **{k: tuple(v) if isinstance(v, list) else v for k, v in info.get('source', {}).items()})
     source.note += f' in {len(train.items.paths)+len(val.items.paths)} shards in {located(folder)}{how_prepared(source.prepared)}'
     return source
