@@ -1,5 +1,5 @@
 "Shards of real images: the same run as from their folder, read by others too, whole or named, memory that stays"
-import fcntl, hashlib, io, json, os, shutil, struct, subprocess, sys, tarfile, termios
+import fcntl, hashlib, io, json, os, re, shutil, struct, subprocess, sys, tarfile, termios
 from pathlib import Path
 import pytest, timm.data, torch
 from PIL import Image
@@ -92,6 +92,17 @@ def test_a_shard_that_is_cut_or_missing_is_one_sentence(few, tmp_path, monkeypat
     assert main([*command[:1], 'wds/few', *command[2:]]) == 2
     assert 'holds neither train-*.tar nor val-*.tar' in capsys.readouterr().out.splitlines()[-1]
     assert not Path('reports').exists()
+
+def test_the_commands_of_the_page_of_data_write_shards(imagenette_few, tmp_path):
+    "As they stand, where the folders of their sources are links to a few photographs"
+    commands = re.findall(r'^python -c "(.*write_shards.*)"$', (ROOT/'data/README.md').read_text(), re.M)
+    (tmp_path/'settings.ini').touch()
+    (tmp_path/'data').mkdir()
+    for name in ('imagenette2-160', 'imagenet'): (tmp_path/'data'/name).symlink_to(imagenette_few)
+    env = {k: v for k, v in os.environ.items() if k != 'NWREPRO_DATA'} | dict(PYTHONPATH=str(ROOT))
+    for command in commands: subprocess.run([sys.executable, '-c', command], cwd=tmp_path, env=env, check=True)
+    sources = [load_source(f'wds/{path.name}', tmp_path/'data') for path in sorted((tmp_path/'data').glob('*-wds'))]
+    assert [(len(source.train), source.train.load(0).size == (256, 256)) for source in sources] == [(36, True), (36, False)]
 
 def fault(folder):
     with pytest.raises(ValueError) as error: load_source(f'wds/{folder.name}', folder.parent)
