@@ -31,12 +31,13 @@ def test_the_loaders_do_the_same_work(tmp_path):
         path = photos/f'n{i%3}'/f'{i}.jpg'
         path.parent.mkdir(parents=True, exist_ok=True)
         noise(rng, 90+9*i, 120-5*i).save(path)  # no view enlarges them, which timm and torchvision do in other ways
-    images, classes, _ = bench.read_split(photos)
-    source = bench.Source('folder', classes, images, images)
+    source = bench.source_of(photos)
     asked = bench.argparse.Namespace(image_size=32, images=96, batch_size=8, workers=0)
     for kind in bench.PIPELINES:
-        views = bench.Views(images, bench.repeated(list(range(len(images))), 96), bench.pipelines(source, 32, kind), True)
-        loaders = [bench.by_nwrepro(views, asked), bench.by_torchvision(photos, kind, source, asked), bench.by_timm(photos, kind, source, asked)]
+        views = bench.Views(source.train, bench.repeated(list(range(12)), 96), bench.pipelines(source, 32, kind), True)
+        bench.shards_of(source, tmp_path/kind)
+        loaders = [bench.by_nwrepro(views, asked), bench.by_torchvision(photos, kind, source, asked), bench.by_timm(photos, kind, source, asked),
+                   bench.by_webdataset(tmp_path/kind, kind, source, asked)]
         epochs = [torch.cat([x for x, *_ in batches(0)]) for batches in loaders]
         assert {(x.shape, x.dtype) for x in epochs} == {((96, 3, 32, 32), torch.float32)}
         assert all(abs(x.mean()-epochs[0].mean()) < 0.1 and abs(x.std()-epochs[0].std()) < 0.1 for x in epochs)
@@ -53,7 +54,7 @@ def test_bench_deploy(project):
 def test_bench_loader(project, tmp_path, workers):
     done = run_in(project, 'python', 'tools/bench_loader.py', make_folder(tmp_path/'photos')/'train', *LOADER, '--workers', workers)
     assert done.returncode == 0, done.stderr
-    names = ('nwrepro', 'torchvision', 'timm', 'kept')[:4 if workers == '0' else 3]
+    names = ('nwrepro', 'jpeg', 'lossless', 'torchvision', 'timm', 'webdataset', 'kept')[:7 if workers == '0' else 6]
     assert re.findall(r'^(period|modern) +(\w+) +[\d.]+ images/s', done.stdout, re.M) == [(kind, name) for kind in ('period', 'modern') for name in names]
 
 @pytest.mark.slow

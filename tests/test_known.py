@@ -58,14 +58,14 @@ def test_images_are_standardised_as_the_network_says(pipeline):
     model = timm.create_model('tf_efficientnet_lite0')
     model.pretrained = True  # as `stock` marks one whose weights timm knows
     made = known.preprocessing(model, load_source('digits'), pipeline)
-    x = made.centre(made.prepare(Image.fromarray(shades([255, 0, 51]))))
+    x = made.standardise(made.centre(made.prepare(Image.fromarray(shades([255, 0, 51])))))
     assert x.shape == (3, 224, 224)
     torch.testing.assert_close(x[:, 100, 100], (torch.tensor([1., 0., 0.2])-0.5)/0.5, atol=1e-5, rtol=0)
 
 def test_a_file_is_standardised_as_its_source_in_the_pipelines_of_a_run():
     source = load_source('digits')
     made = known.preprocessing(timm.create_model('resnet18', num_classes=10), source, 'period', 32)
-    x = made.centre(made.prepare(Image.fromarray(shades([255, 255, 255]))))
+    x = made.standardise(made.centre(made.prepare(Image.fromarray(shades([255, 255, 255])))))
     torch.testing.assert_close(x[:, 16, 16], (1-torch.tensor(source.mean))/torch.tensor(source.std), atol=1e-5, rtol=0)
 
 @pytest.mark.slow

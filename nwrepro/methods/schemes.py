@@ -58,7 +58,7 @@ def with_bias(
 def relu(
     channels:int,  # channels of the activation
 )->nn.ReLU:
-    "Plain rectifier, in place"
+    "Plain rectifier, in place as in timm: an output that a forward hook keeps without cloning it is rectified afterwards"
     return nn.ReLU(inplace=True)
 
 # %% ../../nbs/methods/schemes.ipynb #7fb89f76

@@ -51,7 +51,7 @@ def first_images(
 )->torch.Tensor:         # `[n, 3, S, S]` float32
     "A fixed batch of images for probes and data-dependent initialization"
     picks = numpy.linspace(0, len(views.indices)-1, min(n, len(views.indices))).astype(int)
-    return torch.stack([views[(0, views.indices[k])][0] for k in picks])
+    return views.pipeline.standardise(torch.stack([views[(0, views.indices[k])][0] for k in picks]))
 
 # %% ../../nbs/training/build.ipynb #736aa23f
 def make_model(

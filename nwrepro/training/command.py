@@ -12,14 +12,14 @@ from ..methods.fast import fast_form, write_back
 from .checkpoint import Interrupted, handle_signals, read_checkpoint, release_lock
 from .data import Source
 from .sources import load_source
-from ..common import shown
+from ..common import Parser, shown
 from .distributed import (NonMainRun, broadcast, check_equal, first_line, init_distributed, is_connection_error,
                                          run_on_all_ranks, torchrun)
 from .build import first_images, make_model, make_optimizer, make_views
 from .lifecycle import begin_run, load_result, recipe_of
 from .engine import fit_options
 from .loop import fit
-from .recipe import DEFAULTS, RULES, Recipe, check_parameters, make_recipe
+from .recipe import DEFAULTS, RULES, USUAL, Recipe, check_parameters, make_recipe
 from .runs import RESULTS, Run
 from .provenance import provenance
 from torch import nn
@@ -126,22 +126,26 @@ EXIT_CODES = ('Exit code: 0 finished or diverged, 1 another process died, 2 wron
               '75 interrupted (SIGINT, SIGTERM, SIGUSR1) with the last step saved, 130 interrupted at once.')
 
 def parser(
-)->argparse.ArgumentParser:
+    prog:str='python -m nwrepro.training',  # what was typed
+)->Parser:
     "Command line with a flag for each parameter"
-    new = argparse.ArgumentParser('python -m nwrepro.training', allow_abbrev=False, epilog=EXIT_CODES,
-                                  description='Train one scheme; the same run as nbs/train.ipynb.')
+    new = Parser(prog, epilog=EXIT_CODES, usage='%(prog)s [--norm NORM] [--PARAMETER VALUE ...]',
+                 description='Train one scheme; the same run as nbs/train.ipynb.')
+    usual, others = new.add_argument_group('usual parameters'), new.add_argument_group('other parameters')
     for name, (kind, words) in RULES.items():
-        text = f'{words} [default: {DEFAULTS.get(name)}]'
-        new.add_argument(f'--{name}', default=argparse.SUPPRESS, metavar=kind.__name__, help=text.replace('%', '%%'))
+        text = f"{words} [default: {DEFAULTS.get(name, 'none')}]"
+        group = usual if name in USUAL else others
+        group.add_argument(f'--{name}', default=argparse.SUPPRESS, metavar=kind.__name__, help=text.replace('%', '%%'))
     return new
 
 # %% ../../nbs/training/command.ipynb #73c8e56d
 def main(
     args=None,  # words of the command line; None = the process's own
+    prog:str='python -m nwrepro.training',  # what was typed before them
 )->int:         # exit code, as `EXIT_CODES` tells
-    "Entry point of `python -m nwrepro.training`"
+    "Entry point of `python -m nwrepro.training` and of `nwrepro train`"
     first = os.environ.get('RANK', '0') == '0'
-    try: summary = train(vars(parser().parse_args(args)))
+    try: summary = train(vars(parser(prog).parse_args(args)))
     except (ValueError, OSError, KeyboardInterrupt) as stopped:
         if first or not getattr(stopped, 'shared', isinstance(stopped, KeyboardInterrupt)): print(stopped)
         return 75 if isinstance(stopped, Interrupted) else 130 if isinstance(stopped, KeyboardInterrupt) else 2

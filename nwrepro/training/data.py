@@ -122,6 +122,7 @@ class Source:
     eval_images:int = 1000                          # training images also scored in eval mode
     note:str = ''                                   # what was chosen, why, and how to get a better one
     fingerprint:str = ''                            # of names, labels and file sizes
+    prepared:dict|None = None                       # how images in shards were resized: side, pipeline, format, quality
 
     def __post_init__(self):
         if len(self.classes) < 2: raise ValueError(f"data {self.name!r} has fewer than two classes ({', '.join(self.classes) or 'none'}): "

@@ -125,8 +125,10 @@ def local_loader(
     views:Views,     # images
     *args, **kwargs  # as `loader` takes them
 ):                   # its batches, or the share of them that this process has
-    "The batches of this process"
-    return loader(views, *args, workers=engine.workers, process=engine.dist.process_index, processes=engine.dist.num_processes, **kwargs)
+    "The batches of this process, on its device"
+    dist = engine.dist
+    return loader(views, *args, workers=engine.workers, process=dist.process_index, processes=dist.num_processes,
+                  device=engine.accelerator.device, **kwargs)
 
 # %% ../../nbs/training/engine.ipynb #46b9c9fa
 def readable_copy(

@@ -146,10 +146,11 @@ def recipe_of(
 
 # %% ../../nbs/training/lifecycle.ipynb #4d2c1c3f
 def trained(
-    run:Record,   # finished, with its weights on this machine
+    run:Record,   # finished
+    weights:dict|None=None,  # state dict of its network; None = the weights that it ended with
 )->nn.Module:     # on the CPU, in eval mode
     "The network of a run; ValueError where its weights are missing"
-    weights = final_weights(run)
+    weights = weights or final_weights(run)
     if not weights:
         raise ValueError(f'run {run.name} has no weights here: they are expected at '
                          f'{shown(run.checkpoints/"final.safetensors")}; copy them from the machine that trained it, or train it again')

@@ -236,19 +236,20 @@ def train_epoch(
 def run_epochs(
     training:Training,  # before its first step or resumed, changed in place
     show,               # called with a line of text now and then
-    watch,              # called with the run now and then
+    watch,              # called with the run after each line of its record
 )->dict:                # summary
     "Epochs and evaluations in turn, until the last step or a divergence"
     views, recipe, progress = training.engine.views, training.engine.recipe, training.progress
     end = min(recipe.epochs*views.batches, recipe.max_steps or math.inf)
-    every_15_s = throttled(15, lambda line: (show(line), watch(training.run)))
+    show_sometimes = throttled(15, show)
+    def logged(line): show_sometimes(line), watch(training.run)
     while True:
         epoch, done = divmod(progress.step, views.batches)
         if progress.step == end or done == 0 and is_eval_epoch(epoch, training.eval_every):
             result, rows = log_eval(training, show)
             watch(training.run)
         if progress.step == end: break
-        record = train_epoch(training, end, every_15_s)
+        record = train_epoch(training, end, logged)
         if record: return finish(training, 'diverged', **record)
     training.run.predictions(rows)
     return finish(training, 'finished', **result)
@@ -324,7 +325,7 @@ def fit(
     checkpoint_steps:int|None=None,  # steps between checkpoints; None = by minutes only
     checkpoint_minutes:float=5.,     # minutes between checkpoints
     show=print,                 # called with a line of text now and then
-    watch=lambda run: None,     # called with the run after each evaluation and every 15 s, to draw
+    watch=lambda run: None,     # called with the run after each line of its record, to draw
 )->dict:                        # summary
     "Train, record and evaluate; a finished run is not trained again, an interrupted one is resumed"
     if run.status in RESULTS: return load_result(model, run, show)

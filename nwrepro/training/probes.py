@@ -54,7 +54,7 @@ def eval_mode(
 @contextmanager
 def output_hooks(
     modules:dict[str,nn.Module],   # modules by name
-    see,                           # called as `see(name, output)` each time one of them has run; what it returns is ignored
+    see,                           # called as `see(name, output)` when one of them has run; clone an output to keep it: ReLU, as in timm, overwrites it
 ):
     "Inside a `with` block, call a function with the output of each module, in order of execution"
     def hook_for(name):

@@ -18,7 +18,7 @@ from nwrepro.cost.roofline import kept_bytes
 from nwrepro.methods.deploy import fold, to_timm
 from nwrepro.methods.schemes import convert, parameter_roles
 from nwrepro.training.checkpoint import Interrupted
-from nwrepro.training.build import make_model, make_optimizer, make_schedule
+from nwrepro.training.build import first_images, make_model, make_optimizer, make_schedule, make_views
 from nwrepro.training.engine import logits_of, start_training
 from nwrepro.training.lifecycle import trained
 from nwrepro.training.loop import fit, train_step
@@ -205,7 +205,7 @@ def predictions(run): return [line.split(',')[2] for line in (run.path/'predicti
 
 @torch.no_grad()
 def predicted(model):
-    x = torch.stack([views.val[(0, i)][0] for views in [nwrepro.training.build.make_views(make_recipe(dict(arch='resnet18', image_size=16, bn_batch=10, batch_size=20, train_images=100, epochs=2), digits), digits)] for i in range(360)])
+    x = first_images(make_views(make_recipe(dict(arch='resnet18', image_size=16, bn_batch=10, batch_size=20, train_images=100, epochs=2), digits), digits).val, 360)
     return [str(k) for k in model.eval()(x).argmax(1).tolist()]
 
 def test_the_second_fit_of_a_model_records_what_it_holds(tmp_path):

@@ -2,11 +2,11 @@
 import io, math, os, re, shutil
 from pathlib import Path
 
-import numpy, pytest
+import nbformat, numpy, pytest
 from hypothesis import given as drawn, strategies as st
 from PIL import Image
 
-from conftest import snapshot
+from conftest import ROOT, run_in, snapshot
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import DEFAULTS, RULES, check_parameters, notebook_parameters, parse_value
 from nwrepro.training.records import load_runs
@@ -261,3 +261,12 @@ def test_parameters_are_all_there_or_refused_in_one_line(given):
     else:
         assert list(values) == list(RULES)
         assert check_parameters(values) == values
+
+def test_paths_that_papermill_injects_are_no_parameters(tmp_path):
+    prepared = tmp_path/'train.ipynb'
+    done = run_in(ROOT, 'papermill', 'nbs/train.ipynb', str(prepared), '--prepare-only', '--inject-paths', '-p', 'norm', 'wn')
+    assert done.returncode == 0, done.stderr
+    (injected,) = [cell.source for cell in nbformat.read(prepared, 4).cells if 'injected-parameters' in cell.metadata.get('tags', [])]
+    exec(injected, namespace := {})
+    assert namespace['PAPERMILL_OUTPUT_PATH'] == str(prepared)
+    assert notebook_parameters(namespace) == dict(norm='wn')

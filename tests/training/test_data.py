@@ -1,5 +1,5 @@
 "Images from disk to batches: bad folders and files, workers, random states, subsets, real photographs where they are"
-import io, os, pickle, random, shutil, traceback
+import io, os, pickle, random, shutil, subprocess, sys, traceback
 from collections import Counter
 from pathlib import Path
 
@@ -7,12 +7,14 @@ import numpy, pytest, timm.data, torch, torchvision
 import nwrepro.training.sources
 from hypothesis import given, strategies as st
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from sklearn.datasets import load_sample_image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, v2
+from torchvision.transforms.functional import pil_to_tensor
 
 from conftest import ROOT
 from nwrepro.common import project_root, unknown
 from nwrepro.training.data import Images, balanced, data_folder, fingerprint, holdout, read_digits
-from nwrepro.training.pipeline import PIPELINES, Views, key, kept_random_state, loader, order, pipelines, resize, set_random_state
+from nwrepro.training.pipeline import PIPELINES, Batches, Pipeline, Views, key, kept_random_state, loader, order, pipelines, resize, set_random_state
 from nwrepro.training.sources import NAMES, auto_source, check_imagenet, load_source, same_classes
 
 KINDS = pytest.mark.parametrize('kind', PIPELINES)
@@ -297,7 +299,7 @@ def test_digits_are_the_files_order_in_full_range(digits):
 def test_no_view_of_a_digit_is_mirrored(digits):
     pipeline = pipelines(digits, 32, 'period')
     views = Views(digits.train, range(10), pipeline, train=True)
-    whole = pipeline.centre.keywords['standardise'](pipeline.prepare(digits.train.load(2)))
+    whole = pipeline.prepare(digits.train.load(2))
     crops = [whole[:, t:t+32, l:l+32] for t in range(6) for l in range(6)]
     seen = {next(k for k, crop in enumerate(crops) if torch.equal(crop, views[epoch, 2][0])) for epoch in range(200)}
     assert len(seen) == 36
@@ -382,8 +384,11 @@ def coloured(photos): return load_source('folder', photos)
 @pytest.mark.parametrize('width,height', [(90, 60), (60, 90), (500, 40), (200, 200)])
 def test_period_is_torchvisions_squash_and_crop(coloured, width, height):
     image, pipeline = photo(width, height), pipelines(coloured, 32, 'period')
-    reference = Compose([Resize((37, 37), InterpolationMode.BILINEAR), CenterCrop(32), ToTensor(), Normalize(coloured.mean, coloured.std)])
-    torch.testing.assert_close(pipeline.centre(pipeline.prepare(image)), reference(image), atol=2e-6, rtol=1e-5)
+    view = pipeline.centre(pipeline.prepare(image))
+    reference = Compose([v2.Resize((37, 37)), CenterCrop(32), lambda pixels: pixels/255, Normalize(coloured.mean, coloured.std)])
+    torch.testing.assert_close(pipeline.standardise(view), reference(pil_to_tensor(image)), atol=2e-6, rtol=1e-5)
+    by_pillow = pil_to_tensor(Compose([Resize((37, 37), InterpolationMode.BILINEAR), CenterCrop(32)])(image))
+    assert (view.int()-by_pillow.int()).abs().max() <= 1
 
 @pytest.mark.parametrize('size', [16, 32, 48, 63, 64, 224])
 @KINDS
@@ -394,7 +399,9 @@ def test_shapes(coloured, digits, kind, size):
             prepared = pipeline.prepare(image)
             assert numpy.asarray(prepared).dtype == numpy.uint8
             for x in (pipeline.augment(prepared), pipeline.centre(prepared)):
-                assert x.shape == (3, size, size) and x.dtype == torch.float32 and x.is_contiguous() and x.isfinite().all()
+                assert x.shape == (3, size, size) and x.dtype == torch.uint8
+                x = pipeline.standardise(torch.stack([x, x]))
+                assert x.shape == (2, 3, size, size) and x.dtype == torch.float32 and x.is_contiguous() and x.isfinite().all()
 
 def test_period_resizes_to_eight_sevenths(coloured):
     assert [pipelines(coloured, size, 'period').prepare(photo()).shape[1] for size in (224, 64, 32)] == [256, 73, 37]
@@ -413,21 +420,32 @@ def test_imagenet_is_counted_where_no_class_is_short(tmp_path, monkeypatch):
 
 def test_resizing_is_bicubic_where_it_enlarges_and_bilinear_where_it_shrinks():
     image = photo()
-    for size, kind in ((180, InterpolationMode.BICUBIC), (30, InterpolationMode.BILINEAR)):
-        assert resize(image, size, size).tobytes() == torchvision.transforms.functional.resize(image, [size, size], kind).tobytes()
+    assert torch.equal(resize(image, 180, 180), pil_to_tensor(torchvision.transforms.functional.resize(image, [180, 180], InterpolationMode.BICUBIC)))
+    assert torch.equal(resize(image, 30, 30), v2.functional.resize(pil_to_tensor(image), [30, 30], InterpolationMode.BILINEAR))
+    assert torch.equal(resize(image, *image.size), pil_to_tensor(image))
 
 def test_modern_is_timms(coloured):
-    image, pipeline = photo(200, 150), pipelines(coloured, 64, 'modern')
+    "The same views; resized on bytes, as torchvision does with tensors, which is near to what timm has from Pillow"
+    image, pipeline = Image.fromarray(load_sample_image('china.jpg')).crop((200, 100, 400, 250)), pipelines(coloured, 64, 'modern')
     common = dict(interpolation='bicubic', mean=coloured.mean, std=coloured.std)
-    close = dict(atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(pipeline.centre(pipeline.prepare(image)), timm.data.create_transform(64, crop_pct=0.95, **common)(image), **close)
+    def check(seen, by_torchvision, by_timm):
+        assert torch.equal(seen, by_torchvision)
+        wrong = (pipeline.standardise(seen)-by_timm).abs()*255*torch.tensor(coloured.std)[:, None, None]
+        assert wrong.mean() < 0.3 and wrong.quantile(0.999) < 2.01
+    scored = timm.data.create_transform(64, crop_pct=0.95, **common)
+    resized = v2.functional.resize(pil_to_tensor(image), [67], InterpolationMode.BICUBIC)
+    check(pipeline.centre(pipeline.prepare(image)), v2.functional.center_crop(resized, [64]), scored(image))
     reference = timm.data.create_transform(64, is_training=True, color_jitter=None, **common)
+    crop, mirror = reference.transforms[:2]
     for seed in range(5):
         with kept_random_state():
             set_random_state(seed)
-            expected = reference(image)
+            box = crop.get_params(image, crop.scale, crop.ratio)
+            expected = mirror(v2.functional.resized_crop(pil_to_tensor(image), *box, [64, 64], InterpolationMode.BICUBIC))
             set_random_state(seed)
-            torch.testing.assert_close(pipeline.augment(pipeline.prepare(image)), expected, **close)
+            by_timm = reference(image)
+            set_random_state(seed)
+            check(pipeline.augment(pipeline.prepare(image)), expected, by_timm)
 
 @KINDS
 def test_half_of_the_views_are_mirrored(coloured, kind):
@@ -443,9 +461,9 @@ def test_a_modern_crop_of_a_digit_keeps_half_of_it(digits):
 @pytest.mark.parametrize('augment, views', [('mirror', 2), ('off', 1)])
 def test_without_a_crop_a_view_is_the_whole_image(coloured, digits, augment, views):
     image, pipeline = photo(90, 60), pipelines(coloured, 32, 'period', augment)
-    reference = Compose([Resize((32, 32), InterpolationMode.BILINEAR), ToTensor(), Normalize(coloured.mean, coloured.std)])(image)
-    torch.testing.assert_close(pipeline.centre(pipeline.prepare(image)), reference, atol=2e-6, rtol=1e-5)
-    seen = [view for view, _, _ in (Views(one(image), [0], pipeline, train=True)[epoch, 0] for epoch in range(20))]
+    reference = Compose([v2.Resize((32, 32)), lambda pixels: pixels/255, Normalize(coloured.mean, coloured.std)])(pil_to_tensor(image))
+    torch.testing.assert_close(pipeline.standardise(pipeline.centre(pipeline.prepare(image))), reference, atol=2e-6, rtol=1e-5)
+    seen = [pipeline.standardise(view) for view, _, _ in (Views(one(image), [0], pipeline, train=True)[epoch, 0] for epoch in range(20))]
     assert all(any(torch.allclose(view, kind, atol=1e-5) for kind in (reference, reference.flip(-1))[:views]) for view in seen)
     assert len({view.numpy().tobytes() for view in seen}) == views
     upright = pipelines(digits, 32, 'period', augment)
@@ -572,7 +590,7 @@ def test_order_is_a_permutation(n, seed, epoch):
 
 @given(st.integers(1, 40), st.integers(1, 45), st.booleans(), st.booleans(), st.integers(0, 12), st.integers(0, 3))
 def test_resuming_is_leaving_out_the_first_batches(n, batch_size, shuffle, drop_last, start, epoch):
-    blank = Views(Images([(Image.new('RGB', (1, 1)),)]*n, list(range(n))), list(range(n))[::-1], None, True)
+    blank = Views(Images([(Image.new('RGB', (1, 1)),)]*n, list(range(n))), list(range(n))[::-1], Pipeline(None, None, None), True)
     blank.__class__ = type('Blank', (Views,), {'view': lambda self, epoch, i: (torch.zeros(1), i, i)})
     def seen(**kwargs): return [i.tolist() for _, _, i in loader(blank, epoch, batch_size, shuffle, drop_last, **kwargs)]
     if drop_last and batch_size > n:
@@ -592,6 +610,25 @@ def test_orders_of_epochs_and_seeds_differ(digits):
     (dict(batch_size=13, drop_last=True), 'batch_size 13 does not fit 12 images'), (dict(workers=-1), 'workers is -1')])
 def test_bad_batches(coloured, kwargs, part):
     assert part in fault(loader, Views(coloured.train, range(12), pipelines(coloured, 32, 'period'), True), **kwargs)
+
+SMALL_SHM = ('unshare', '-rm', 'sh', '-c', 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', 'sh')
+
+def test_too_little_shared_memory_is_one_sentence(tmp_path):
+    "What a container of Docker gives to workers"
+    if not shutil.which('unshare') or subprocess.run([*SMALL_SHM, 'true'], capture_output=True).returncode: pytest.skip('no /dev/shm of 64 MB can be mounted here: unshare is not allowed')
+    given = '--data digits --norm none --arch resnet18 --image_size 320 --batch_size 360 --epochs 1 --compile off'.split()
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | dict(PYTHONPATH=str(ROOT))
+    done = subprocess.run([*SMALL_SHM, sys.executable, '-m', 'nwrepro.training', *given, '--workers', '1'], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr, done.stderr
+    assert "out of shared memory (/dev/shm has 64 MiB; Docker's default is 64 MiB): give --workers 0, or" in done.stdout.splitlines()[-1]
+
+def test_a_worker_that_died_of_too_little_shared_memory_is_one_sentence():
+    def batches(message):
+        yield torch.zeros(1, 3, 2, 2), 0, 0
+        raise RuntimeError(message)
+    bus_error = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of shared memory. Please try to raise your shared memory limit."
+    assert '--shm-size' in fault(list, Batches(batches(bus_error), torch.clone))
+    with pytest.raises(RuntimeError, match='exited unexpectedly'): list(Batches(batches('DataLoader worker (pid(s) 7) exited unexpectedly'), torch.clone))
 
 # real photographs
 

@@ -136,7 +136,7 @@ def test_predictions_give_the_reported_accuracy(tmp_path):
 def test_a_trained_network_says_what_its_run_recorded(given, tmp_path):
     _, run = train(tmp_path, max_steps=3, **given)
     network, recipe = trained(run), make_recipe(SMALL | given, digits)
-    x = torch.stack([make_views(recipe, digits).val[(0, k)][0] for k in range(360)]).to(next(network.parameters()).dtype)
+    x = first_images(make_views(recipe, digits).val, 360).to(next(network.parameters()).dtype)
     said = [int(line.split(',')[2]) for line in (run.path/'predictions.csv').read_text().splitlines()[1:]]
     with torch.no_grad(): assert network(x).argmax(1).tolist() == said
     (run.checkpoints/'final.safetensors').unlink()
@@ -160,7 +160,7 @@ def test_evaluation_agrees_with_a_plain_loop(tmp_path):
     views = make_views(recipe, digits)
     engine = start_training(make_model(recipe, 10), recipe, views, None).engine
     result, rows = evaluate(engine, readable_copy(engine), views.val, StopSignal())
-    x = torch.stack([views.val[(0, i)][0] for i in range(360)])
+    x = first_images(views.val, 360)
     with torch.no_grad(): logits = engine.model.eval()(x)
     y = torch.tensor(digits.val.labels)
     assert result['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).item(), rel=1e-4)

@@ -11,7 +11,8 @@ from torch import nn
 
 from nwrepro.methods.layers import WNConv2d, WNLinear
 from nwrepro.training.monitor import DivergenceMonitor, divergence_reason, first_nonfinite, grad_norm
-from nwrepro.training.probes import filter_coherence, layer_outputs, probed_layers, weight_norms
+from nwrepro.methods.fast import compiler_works, fast_form
+from nwrepro.training.probes import filter_coherence, layer_outputs, output_hooks, probed_layers, weight_norms
 from conftest import FIVE
 from nwrepro.methods.schemes import convert
 
@@ -271,3 +272,17 @@ def test_import_is_light():
     heavy = 'IPython nbdev fastcore papermill matplotlib timm pandas sklearn'.split()
     code = f'import nwrepro.training.probes, sys; assert not [m for m in {heavy} if m in sys.modules], sorted(sys.modules)'
     assert subprocess.run([sys.executable, '-c', code]).returncode == 0
+
+
+@pytest.mark.parametrize('norm', FIVE)
+@pytest.mark.parametrize('kernels', (False, True))
+def test_a_hook_sees_what_a_layer_puts_out(norm, kernels):
+    "At its call in every scheme; afterwards too where activations are the package's own, readable or fused, which work on no map in place"
+    if kernels and not compiler_works(): pytest.skip('no compiler works here')
+    network = fast_form(convert(resnet(), norm), kernels=kernels)
+    convs, seen = {name: m for name, m in network.named_modules() if isinstance(m, nn.Conv2d)}, {}
+    with torch.no_grad(), output_hooks(convs, lambda name, y: seen.update({name: (y, y.clone())})): network(images())
+    assert all((then < 0).any() for _, then in seen.values())
+    rectified = [name for name, (kept, then) in seen.items() if not torch.equal(kept, then)]
+    assert all(torch.equal(seen[name][0], F.relu(seen[name][1])) for name in rectified if name.endswith('conv1'))
+    assert bool(rectified) == (norm in ('none', 'wn'))

@@ -1,13 +1,14 @@
 "Shards of real images: the same run as from their folder, read by others too, whole or named, memory that stays"
-import hashlib, io, json, os, shutil, subprocess, sys, tarfile
+import fcntl, hashlib, io, json, os, re, shutil, struct, subprocess, sys, tarfile, termios
 from pathlib import Path
 import pytest, timm.data, torch
 from PIL import Image
 
 from conftest import ROOT
-from nwrepro.training.pipeline import Views, loader, pipelines
+from nwrepro.training.data import Images
+from nwrepro.training.pipeline import Views, loader, pipelines, planes, resize
 from nwrepro.training.sources import load_source
-from nwrepro.training.shards import read_shards, write_shards
+from nwrepro.training.shards import Prepare, write_shards
 from nwrepro.training.command import main
 
 @pytest.fixture(scope='module')
@@ -63,12 +64,15 @@ def test_timm_reads_them_as_a_stream(few):
         seen = sorted((digest(image), label) for image, label in stream)
         assert seen == sorted((digest(images.load(i)), y) for i, y in enumerate(images.labels))
 
-def test_a_run_from_shards_is_the_run_from_the_folder(few, imagenette_few, tmp_path, monkeypatch):
+@pytest.mark.parametrize('side', (None, 37))
+def test_a_run_from_shards_is_the_run_from_the_folder(few, imagenette_few, tmp_path, monkeypatch, side):
+    "To the bit, also where lossless shards hold what the period pipeline prepares for 32 pixels"
     (tmp_path/'settings.ini').touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv('IN_TEST', raising=False)
     given = dict(norm='wn', arch='resnet18', image_size=32, epochs=1, warmup_epochs=0, batch_size=12, lr=0.01, compile='off')
-    for data, where in (('folder', imagenette_few), ('wds/few-wds', few[1])):
+    if side: write_shards(few[0], tmp_path/'data/few-wds', side=side, quality=None)
+    for data, where in (('folder', imagenette_few), ('wds/few-wds', tmp_path/'data' if side else few[1])):
         assert main([word for k, v in (given | dict(data=data, data_dir=where)).items() for word in (f'--{k}', str(v))]) == 0
     one, other = [json.loads(path.read_text()) for path in sorted(Path('reports/runs').glob('*/summary.json'))]
     assert one['val_loss'] == other['val_loss'] and one['train_loss'] == other['train_loss'] and one['data'] != other['data']
@@ -88,6 +92,17 @@ def test_a_shard_that_is_cut_or_missing_is_one_sentence(few, tmp_path, monkeypat
     assert main([*command[:1], 'wds/few', *command[2:]]) == 2
     assert 'holds neither train-*.tar nor val-*.tar' in capsys.readouterr().out.splitlines()[-1]
     assert not Path('reports').exists()
+
+def test_the_commands_of_the_page_of_data_write_shards(imagenette_few, tmp_path):
+    "As they stand, where the folders of their sources are links to a few photographs"
+    commands = re.findall(r'^python -c "(.*write_shards.*)"$', (ROOT/'data/README.md').read_text(), re.M)
+    (tmp_path/'settings.ini').touch()
+    (tmp_path/'data').mkdir()
+    for name in ('imagenette2-160', 'imagenet'): (tmp_path/'data'/name).symlink_to(imagenette_few)
+    env = {k: v for k, v in os.environ.items() if k != 'NWREPRO_DATA'} | dict(PYTHONPATH=str(ROOT))
+    for command in commands: subprocess.run([sys.executable, '-c', command], cwd=tmp_path, env=env, check=True)
+    sources = [load_source(f'wds/{path.name}', tmp_path/'data') for path in sorted((tmp_path/'data').glob('*-wds'))]
+    assert [(len(source.train), source.train.load(0).size == (256, 256)) for source in sources] == [(36, True), (36, False)]
 
 def fault(folder):
     with pytest.raises(ValueError) as error: load_source(f'wds/{folder.name}', folder.parent)
@@ -141,6 +156,76 @@ def test_a_damaged_image_names_its_shard(few, tmp_path):
         f.seek(int(images.items.table['offset'][0]))
         f.write(bytes(100))
     with pytest.raises(ValueError, match=r'image \S+ in \S+train-000000.tar cannot be read .*: copy the shard again'): images.load(0)
+
+# images that are prepared
+
+@pytest.mark.parametrize('pipeline, quality, least, most', [('period', None, 0, 0), ('period', 95, 0.3, 4), ('period', 50, 2, 15), ('modern', None, 0, 0)])
+def test_prepared_images_are_those_of_the_pipeline(few, tmp_path, pipeline, quality, least, most):
+    "Lossless exactly, and as JPEG nearly; in the same order, under the same names and labels, with a card"
+    source = few[0]
+    info = write_shards(source, tmp_path/'small-wds', side=73, pipeline=pipeline, quality=quality)
+    small = load_source('wds/small-wds', tmp_path)
+    assert small.prepared == info['source']['prepared'] and (small.prepared['side'], small.prepared['quality']) == (73, quality)
+    assert small.train.labels == source.train.labels and small.train.name(5).partition('.')[0] == source.train.name(5).partition('.')[0]
+    for i in range(0, len(source.train), 5):
+        photo, found = source.train.load(i), planes(small.train.load(i))
+        factor = 73/min(photo.size)
+        size = (73, 73) if pipeline == 'period' else [round(factor*length) for length in photo.size]
+        assert least <= (found.float()-resize(photo, *size).float()).abs().mean() <= most
+    assert ('73 pixels (both sides)' if pipeline == 'period' else '73 pixels (the shorter side)') in small.note and (str(quality) if quality else 'lossless') in small.note
+    batch, _, _ = next(iter(loader(Views(small.train, range(8), pipelines(small, 64, pipeline), train=True), batch_size=8)))
+    assert batch.shape == (8, 3, 64, 64) and 0.5 < batch.std() < 1.6
+
+def test_shards_prepared_for_something_else_are_one_sentence(few, tmp_path):
+    write_shards(few[0], tmp_path/'small-wds', side=73)
+    small = load_source('wds/small-wds', tmp_path)
+    for part, size, kind in (('squashed to a square', 64, 'modern'), ('hold images of 73 pixels, and this image_size takes 74', 65, 'period')):
+        with pytest.raises(ValueError, match=part): pipelines(small, size, kind)
+    with pytest.raises(ValueError, match='side is 8'): write_shards(few[0], tmp_path/'tiny-wds', side=8)
+    assert not (tmp_path/'tiny-wds').exists() and not (tmp_path/'.tiny-wds.part').exists()
+
+def test_a_small_image_is_not_enlarged_for_the_modern_pipeline(few):
+    image = few[0].train.load(0)
+    assert torch.equal(Prepare(1000, 'modern', None).pixels(image), planes(image))
+
+def test_a_writing_that_was_interrupted_goes_on(few, tmp_path, monkeypatch):
+    "The same bytes as in one go; only whole shards count; another plan is refused"
+    source, load = few[0], Images.load
+    def write(name, **how): return write_shards(source, tmp_path/name, **dict(dict(shard_mb=0.05, side=73), **how))
+    write('once-wds')
+    read = []
+    def interrupted(self, i):
+        read.append(i)
+        if len(read) == 25: raise KeyboardInterrupt
+        return load(self, i)
+    monkeypatch.setattr(Images, 'load', interrupted)
+    with pytest.raises(KeyboardInterrupt): write('twice-wds')
+    assert not (tmp_path/'twice-wds').exists() and list((tmp_path/'.twice-wds.part').glob('*.tmp'))
+    with pytest.raises(ValueError, match='begun from other images or in another way'): write('twice-wds', quality=80)
+    write('twice-wds')
+    assert 25+5 < len(read) < 25+len(source.train)+len(source.val)
+    sums = [(tmp_path/name/'SHA256SUMS').read_text() for name in ('once-wds', 'twice-wds')]
+    assert sums[0] == sums[1] and sorted(path.name for path in (tmp_path/'once-wds').iterdir()) == sorted(path.name for path in (tmp_path/'twice-wds').iterdir())
+    assert len(load_source('wds/twice-wds', tmp_path).train.items.paths) > 2 and not list(tmp_path.glob('*/*.tmp')) and not (tmp_path/'.twice-wds.part').exists()
+
+WRITE = """
+import sys
+from nwrepro.training.sources import load_source
+from nwrepro.training.shards import write_shards
+write_shards(load_source('folder', sys.argv[1]), sys.argv[2])
+"""
+
+def test_progress_is_shown_on_a_terminal_only(imagenette_few, tmp_path):
+    def said(name, **where):
+        done = subprocess.run([sys.executable, '-c', WRITE, str(imagenette_few), str(tmp_path/name)], env=os.environ | dict(PYTHONPATH=str(ROOT)), stdout=subprocess.PIPE, **where)
+        assert done.returncode == 0
+        return done.stderr
+    assert said('quiet', stderr=subprocess.PIPE) == b''
+    screen, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    said('shown', stderr=terminal)
+    os.close(terminal)
+    assert b'48/48' in os.read(screen, 10_000)
 
 @pytest.mark.slow
 def test_memory_stays_over_an_epoch(imagenette, tmp_path):
