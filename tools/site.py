@@ -4,11 +4,7 @@ pip install -e '.[docs]' && python tools/site.py     writes _docs/index.html, wi
 """
 import ast, json, os, posixpath, re, shutil, subprocess, sys, tempfile
 from pathlib import Path
-from nwrepro.results.claims import judge
-from nwrepro.results.figures import RunCache
-from nwrepro.results.page import draw_figures, write_page
-from nwrepro.results.variants import comparable
-from nwrepro.training.records import load_runs
+from nwrepro.results.command import make_report
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT/'_docs'
@@ -78,15 +74,11 @@ def prepare(folder):
     import nbclassic
     shutil.copytree(Path(nbclassic.__file__).parent/'static/components/MathJax', folder/'_static'/'MathJax')
 
-STUDY = 'study'  # folder of runs whose report stands in the site
 REPORT = '<p><a href="report/index.html">The report of the first study</a>: the answer, every claim, every run.</p>'
 
 def write_report(out):
     "The page of a report; files of runs are in the repository"
-    folder, costs = ROOT/'reports'/STUDY, ROOT/'reports'/'cost'
-    runs, cache = load_runs(folder), RunCache(folder, costs)
-    verdicts = judge(runs, folder, costs)
-    page = write_page(verdicts, draw_figures(verdicts, comparable(runs), cache), runs, cache, out)
+    page = make_report(ROOT/'reports/study', out, ROOT/'reports/cost')
     page.write_text(re.sub(r'href="[./]*/reports/', f'href="{REPOSITORY}reports/', page.read_text(encoding='utf-8')), encoding='utf-8')
 
 def main():
