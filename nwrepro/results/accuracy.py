@@ -166,7 +166,7 @@ def decide_c4(key, runs, folder=None):
     if verdict.verdict == 'not tested' or not (full := ceiling_words(found := best_comparison(runs, ('wn', 'bn')))): return verdict
     more, less = (welch(*(found.variants[norm].done[what].dropna() for norm in norms)).value
                   for what, norms in (('train_top1', ('wn', 'bn')), ('top1', ('bn', 'wn'))))
-    return replace(verdict, verdict='not testable here', note=f'same as C1 but for {abs(more):.1f} points', p=math.nan, equal_p=math.nan,
+    return replace(verdict, verdict='not testable here', note=f'like C1, but for {abs(more):.1f} points of training accuracy', p=math.nan, equal_p=math.nan,
                    why=f'{full}; this is the gap of C1 ({less:.2f} points) but for {more:.2f} points of training accuracy; {verdict.why}')
 
 # %% ../../nbs/results/accuracy.ipynb #0dec4463

@@ -10,7 +10,8 @@ __all__ = ['ANALOGUE', 'SIGNS', 'QUANTITIES', 'OPENINGS', 'READINGS', 'verdict_w
 # %% ../../nbs/results/wording.ipynb #fd0c854f
 import math
 import pandas
-from .claims import ON_COST
+from .claims import CLAIMS, ON_COST
+from .figures import in_words, network_name, tidy_runs
 from .statistics import MIN_RUNS
 
 # %% ../../nbs/results/wording.ipynb #9a4b5a93
@@ -86,7 +87,8 @@ OPENINGS = dict(supported='Not without a loss', contradicted='It tests better', 
                 undecided='Not settled')
 
 def accuracy_sentence(
-    first,   # `Verdict` of C1
+    first,                  # `Verdict` of C1
+    runs:pandas.DataFrame,  # that were judged
 )->str:
     "Which of the two tests better"
     row = headline(first)
@@ -94,9 +96,11 @@ def accuracy_sentence(
     size, low, high = same_digits(abs(row['value']), *sorted((-row['low'], -row['high'])))
     side, paper = ('above', 'the opposite of the paper') if row['value'] < 0 else ('below', 'as in the paper')
     within = f"{row['n']} seed{'s'*(row['n'] > 1)} each" if math.isnan(row['low']) else f"95 % interval {low} to {high}, {row['n']} seeds each"
-    text = f"{OPENINGS.get(first.verdict, first.verdict)}: the test accuracy of `wn` is {size} points {side} that of `bn` ({within}), {paper}"
+    used = tidy_runs(runs[runs['run'].isin(first.runs)]) if len(runs) else runs
+    where = f" in {in_words(used['arch'], network_name)}" if len(used) else ''
+    text = f"{OPENINGS.get(first.verdict, first.verdict)}: the test accuracy of `wn` is {size} points {side} that of `bn`{where} ({within}), {paper}"
     corrected = first.verdict == 'undecided' and row['low']*row['high'] > 0
-    return f"{text}{', which does not hold once corrected for seven comparisons (Holm)' if corrected else ''}."
+    return f"{text}{', but the difference does not hold once corrected for seven comparisons (Holm)' if corrected else ''}."
 
 # %% ../../nbs/results/wording.ipynb #b8f869ff
 READINGS = dict(supported='as the paper says', contradicted='the opposite of what the paper says', undecided='undecided')
@@ -123,7 +127,7 @@ def certainty_sentence(
     loose, own = sum(map(is_exploratory, decided)), any(v.kind == 'claim' for v in decided)
     if not len(runs): return 'There are no runs yet.'
     told = f"{len(decided) or 'None'} of {len(verdicts)} claims could be decided"
-    if decided: told += f" ({', '.join(v.key for v in decided)})"
+    if decided: told += f" ({'; '.join(f'{v.key}: {CLAIMS[v.key].short}' if len(decided) < 3 else v.key for v in decided)})"
     if loose: told += ', and that only as exploratory' if loose == len(decided) else f', {loose} of them only as exploratory'
     count = len(next(v for v in verdicts if v.key == 'C1').runs)
     used = f'{count} of the {len(runs)} runs make the main comparison, the others tune, probe or vary it.' if count else ''
@@ -136,4 +140,4 @@ def answer(
 )->list[str]:               # three sentences
     "The answer that opens the page"
     by = {v.key: v for v in verdicts}
-    return [accuracy_sentence(by['C1']), training_sentence(by['C2'], by['C6']), certainty_sentence(verdicts, runs)]
+    return [accuracy_sentence(by['C1'], runs), training_sentence(by['C2'], by['C6']), certainty_sentence(verdicts, runs)]

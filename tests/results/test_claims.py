@@ -303,7 +303,7 @@ def test_the_noise_of_tuning_is_that_of_a_factor_of_two():
 def test_where_neither_is_shown_below_the_ceiling_c2_and_c4_have_nothing_to_decide():
     full = runs_of('bn', [97.1, 97.4, 96.9], [99.9, 99.7, 100.]), runs_of('wn', [94.0, 93.1, 94.6], [100., 100., 99.9])
     assert [(decide(key, *full).verdict, decide(key, *full).note) for key in ('C1', 'C2', 'C4')] == [('supported', ''),
-        ('not testable here', 'both may be at 100 % of the training images'), ('not testable here', 'same as C1 but for 0.1 points')]
+        ('not testable here', 'both may be at 100 % of the training images'), ('not testable here', 'like C1, but for 0.1 points of training accuracy')]
     assert all('neither variant is shown to be below 99.5 % of the training images' in decide(key, *full).why
                and 'memorized' not in decide(key, *full).why for key in ('C2', 'C4'))
     assert 'this is the gap of C1 (3.23 points) but for 0.10 points of training accuracy' in decide('C4', *full).why

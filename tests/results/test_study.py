@@ -69,7 +69,7 @@ def test_the_study_is_judged_as_told(verdicts, page):
     told = dict(C7="supported", C1='undecided', C2='not testable here', C3='undecided', C4='not testable here', C5='not testable here',
                 C6='not tested', C8='not testable here', C9='not tested', C10='undecided', C11='undecided')
     assert {key: verdicts[key].verdict for key in told} == told and [verdicts[key].note
-        for key in ('C2', 'C4', 'C8')] == ['both may be at 100 % of the training images', 'same as C1 but for 0.8 points', 'not informative: the sign differs between places in a block']
+        for key in ('C2', 'C4', 'C8')] == ['both may be at 100 % of the training images', 'like C1, but for 0.8 points of training accuracy', 'not informative: the sign differs between places in a block']
     assert verdicts['C7'].note == 'slope rises from its early value; no vanishing seen'
     assert all(verdicts[key].exploratory for key in ('C1', 'C2', 'C3', 'C4', 'C5', 'C7',
                                                      'C8')) and 'after 20 of 60 epochs' in verdicts['C1'].exploratory
