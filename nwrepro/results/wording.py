@@ -12,7 +12,7 @@ import math
 import pandas
 from .claims import CLAIMS, ON_COST
 from .figures import in_words, network_name, tidy_runs
-from .statistics import MIN_RUNS
+
 
 # %% ../../nbs/results/wording.ipynb #9a4b5a93
 ANALOGUE = dict(supported='agrees in direction', contradicted='disagrees in direction')
@@ -62,7 +62,7 @@ def headline(
 )->dict|None:      # a row of its numbers; None where there are none
     "The number that carries a verdict"
     rows = verdict.numbers.to_dict('records')
-    compared = [row for row in rows if {'-', '/'} & set(row['scheme'].split()) and row['n'] >= MIN_RUNS]
+    compared = [row for row in rows if {'-', '/'} & set(row['scheme'].split())]
     return next(iter(compared or [row for row in rows if row['scheme'] == 'wn'] or rows), None)
 
 def interval_text(
@@ -95,12 +95,14 @@ def accuracy_sentence(
     if not row: return f'Not tested yet: {first.note}.'
     size, low, high = same_digits(abs(row['value']), *sorted((-row['low'], -row['high'])))
     side, paper = ('above', 'the opposite of the paper') if row['value'] < 0 else ('below', 'as in the paper')
-    within = f"{row['n']} seed{'s'*(row['n'] > 1)} each" if math.isnan(row['low']) else f"95 % interval {low} to {high}, {row['n']} seeds each"
     used = tidy_runs(runs[runs['run'].isin(first.runs)]) if len(runs) else runs
     where = f" in {in_words(used['arch'], network_name)}" if len(used) else ''
-    text = f"{OPENINGS.get(first.verdict, first.verdict)}: the test accuracy of `wn` is {size} points {side} that of `bn`{where} ({within}), {paper}"
-    corrected = first.verdict == 'undecided' and row['low']*row['high'] > 0
-    return f"{text}{', but the difference does not hold once corrected for seven comparisons (Holm)' if corrected else ''}."
+    text = f"{OPENINGS.get(first.verdict, first.verdict)}: the test accuracy of `wn` is {size} points {side} that of `bn`{where}"
+    if math.isnan(row['low']): return f"{text} (n = {row['n']}), which decides nothing."
+    text = f"{text} (95 % interval {low} to {high}, {row['n']} seeds each)"
+    if row['low']*row['high'] <= 0: return f'{text}.'
+    corrected = first.verdict == 'undecided'
+    return f"{text}, {paper}{', but the difference does not hold once corrected for seven comparisons (Holm)' if corrected else ''}."
 
 # %% ../../nbs/results/wording.ipynb #b8f869ff
 READINGS = dict(supported='as the paper says', contradicted='the opposite of what the paper says', undecided='undecided')
