@@ -4,7 +4,6 @@ The same run stands ready twice, alone and under `torchrun --nproc-per-node 1`. 
 itself is halted), so that a slow minute of the machine meets both. Printed are the images per second of each and the ratio of their times in the same turn: median,
 quartiles, and the interval that holds the median in 95 of 100 such measurements. The default is that of a run."""
 import os, signal, statistics, subprocess, sys, tempfile, time
-from pathlib import Path
 from nwrepro.results.costs import step_ratio
 from nwrepro.training.command import parser, prepare
 from nwrepro.training.lifecycle import begin_run

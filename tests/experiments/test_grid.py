@@ -9,7 +9,7 @@ from conftest import ROOT, snapshot
 from nwrepro.experiments import grid
 from nwrepro.experiments.grid import (Outcome, expand_grid, format_time, is_done, median_times, make_points, raise_failed, seconds_left, steps_done,
                                       total_time, unfinished_notebook)
-from nwrepro.training.checkpoint import acquire_lock, release_lock
+from nwrepro.training.checkpoint import release_lock
 from nwrepro.training.sources import load_source
 from nwrepro.training.lifecycle import begin_run
 from nwrepro.training.recipe import make_recipe

@@ -10,7 +10,7 @@ from nwrepro.methods.custom import BUILT_IN, load_schemes
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import check_parameters, make_recipe
 from nwrepro.training.records import records
-from nwrepro.training.runs import Record, run_name
+from nwrepro.training.runs import run_name
 from dataclasses import asdict
 from nwrepro.training.loop import fit
 from nwrepro.training.lifecycle import begin_run, recipe_of, trained
@@ -109,7 +109,7 @@ def test_a_scheme_that_was_typed_is_refused_before_anything_is_trained(norm, tmp
     assert not list(tmp_path.iterdir())
 
 def test_a_result_of_other_code_is_shown_as_such(tmp_path, monkeypatch):
-    lines, (first, run) = [], run_it(tmp_path, norm='wn')
+    lines, (first, _) = [], run_it(tmp_path, norm='wn')
     assert run_it(tmp_path, lines.append, norm='wn')[0] == first and not lines
     monkeypatch.setattr(nwrepro.training.lifecycle, 'code_hash', lambda: 'feedfeedfeedfeed')
     assert run_it(tmp_path, lines.append, norm='wn')[0] == first

@@ -12,14 +12,13 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models.feature_extraction import create_feature_extractor
 import nwrepro.methods.fast
 from nwrepro.methods.fast import WNSGD, copy_norms, fast_form, fuse_activations, plain_weights, wn_layers, write_back
-from nwrepro.methods.layers import WNConv2d, WNLinear
-from nwrepro.training.recipe import RECIPES, Recipe, make_recipe
+from nwrepro.training.recipe import RECIPES, make_recipe
 from nwrepro.cost.roofline import kept_bytes
 from nwrepro.methods.deploy import fold, to_timm
 from nwrepro.methods.schemes import convert, parameter_roles
 from nwrepro.training.checkpoint import Interrupted
-from nwrepro.training.build import first_images, make_model, make_optimizer, make_schedule, make_views
-from nwrepro.training.engine import logits_of, start_training
+from nwrepro.training.build import first_images, make_model, make_views
+from nwrepro.training.engine import start_training
 from nwrepro.training.lifecycle import trained
 from nwrepro.training.loop import fit, train_step
 from test_loop import digits, train as train_run

@@ -1,7 +1,5 @@
 "Small networks and later methods: every scheme on each, what the names of records and tuned learning rates depend on, and batch statistics under any name"
-import csv, json
-from collections import Counter
-from types import SimpleNamespace
+import csv
 import numpy, pytest, torch
 import torch.nn.functional as F
 from conftest import FIVE, ROOT
@@ -13,7 +11,7 @@ from nwrepro.methods.later import MeanOnlyBatchNorm2d, SCHEMES
 from nwrepro.methods.layers import GhostBatchNorm2d, filter_norms
 from nwrepro.methods.networks import scale_channels, stock_network
 from nwrepro.training.distributed import micro_batch_size, running_stats_share, running_stats, layers_with_running_stats
-from nwrepro.training.recipe import RECIPES, SETTINGS, make_recipe, scheme_facts, tuned_lr, tuned_table
+from nwrepro.training.recipe import SETTINGS, make_recipe, scheme_facts
 from nwrepro.training.records import records
 from nwrepro.training.runs import run_name
 from nwrepro.methods.deploy import fold, to_timm

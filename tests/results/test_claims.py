@@ -448,7 +448,7 @@ def test_growth_of_silent_broken_or_few_blocks_is_unknown():
 @pytest.mark.parametrize('arch', ['resnet18', 'resnet50'])
 def test_gains_follow_the_network_of_timm(arch):
     import timm, torch
-    seen, modules = {}, {}
+    seen = {}
     def hook(name):
         def see(module, args, output): seen[name] = [x.square().mean().sqrt().item() for x in (args[0], output)]
         return see
