@@ -16,7 +16,8 @@ from torch import nn
 from .training.data import Source
 from .training.distributed import first_line
 from .training.evaluation import loss_and_hits
-from .training.pipeline import PIPELINES, Pipeline, Views, loader, pipelines
+from .training.loader import Views, loader
+from .training.pipeline import PIPELINES, Pipeline, pipelines
 from .training.sources import load_source
 
 # %% ../nbs/known.ipynb #ef64de15

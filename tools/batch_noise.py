@@ -5,7 +5,7 @@ python tools/batch_noise.py RUN [FOLDER]   a finished run whose weights are in d
 import sys
 import torch
 from nwrepro.training.sources import load_source
-from nwrepro.training.pipeline import loader
+from nwrepro.training.loader import loader
 from nwrepro.training.records import records
 from nwrepro.methods.schemes import takes_batch_statistics
 from nwrepro.training.engine import logits_of

@@ -7,7 +7,7 @@ import statistics, tempfile, time
 import torch
 import torch.nn.functional as F
 from nwrepro.training.sources import load_source
-from nwrepro.training.pipeline import loader
+from nwrepro.training.loader import loader
 from nwrepro.training.recipe import check_parameters, make_recipe
 from nwrepro.training.command import parser
 from nwrepro.training.lifecycle import begin_run

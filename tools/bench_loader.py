@@ -14,7 +14,8 @@ from timm.data.transforms import MaybePILToTensor
 from torch.utils.data import DataLoader, default_collate
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, Normalize, RandomCrop, RandomHorizontalFlip, RandomResizedCrop, Resize, ToTensor
-from nwrepro.training.pipeline import PIPELINES, Views, key, kept_random_state, loader, pipelines, set_random_state
+from nwrepro.training.loader import Views, key, kept_random_state, loader, set_random_state
+from nwrepro.training.pipeline import PIPELINES, pipelines
 from nwrepro.training.data import Images, Source
 from nwrepro.training.layouts import read_split
 from nwrepro.training.shards import read_shards, write_shards

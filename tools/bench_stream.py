@@ -5,7 +5,8 @@ read and cut to 32 px in this process, in as many epochs as it takes. The last l
 the last tenth, their ratio less 1, and images per second."""
 import json, resource, statistics, sys, time
 from pathlib import Path
-from nwrepro.training.pipeline import Views, loader, pipelines
+from nwrepro.training.loader import Views, loader
+from nwrepro.training.pipeline import pipelines
 from nwrepro.training.sources import load_source
 from nwrepro.training.shards import read_shards, write_shards
 

@@ -7,7 +7,7 @@ import statistics, tempfile, time
 import torch
 from nwrepro.training import build, command, engine, lifecycle, loop
 from nwrepro.training.sources import load_source
-from nwrepro.training.pipeline import loader
+from nwrepro.training.loader import loader
 from nwrepro.training.recipe import DEFAULTS, check_parameters, make_recipe
 from nwrepro.training.checkpoint import checkpoint_files, release_lock
 

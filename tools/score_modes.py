@@ -5,7 +5,7 @@ One line of JSON per run, accuracies in percent. The images are one epoch of ful
 """
 import copy, hashlib, json, sys
 import torch
-from nwrepro.training.pipeline import Views, loader
+from nwrepro.training.loader import Views, loader
 from nwrepro.training.sources import load_source
 from nwrepro.training.recipe import make_recipe
 from nwrepro.training.runs import Record

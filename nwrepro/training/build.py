@@ -15,7 +15,8 @@ from ..methods.fast import WNSGD, copy_norms, plain_weights
 from ..methods.networks import stock_network
 from ..methods.schemes import convert, parameter_roles
 from .data import Source, balanced, holdout
-from .pipeline import Views, pipelines
+from .loader import Views
+from .pipeline import pipelines
 from .recipe import Recipe
 
 # %% ../../nbs/training/build.ipynb #62834edc

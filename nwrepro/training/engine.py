@@ -16,7 +16,7 @@ from ..methods.fast import WNSGD, compiler_works, fast_form, wn_layers, write_ba
 from ..methods.schemes import uses_batch_statistics
 from .build import Split, first_images, make_optimizer, make_schedule
 from .checkpoint import StopSignal
-from .pipeline import Views, loader
+from .loader import Views, loader
 from .distributed import init_distributed, layers_with_running_stats, make_accelerator, micro_batch_size, wrap_ddp
 from .monitor import DivergenceMonitor
 from .recipe import Recipe

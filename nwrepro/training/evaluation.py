@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from timm.utils import accuracy
 from torch import nn
 from .checkpoint import StopSignal, raise_if_signaled
-from .pipeline import Views
+from .loader import Views
 from .distributed import all_reduce
 from .engine import Engine, local_loader, logits_of
 from .probes import filter_coherence, layer_outputs, rounded, weight_norms

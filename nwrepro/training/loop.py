@@ -21,7 +21,7 @@ from ..methods.schemes import takes_batch_statistics
 from .build import Split
 from .checkpoint import (Interrupted, catch_stop_signals, delete_checkpoints, explain_os_errors, raise_if_signaled,
                                          read_checkpoint, release_lock, write_checkpoint)
-from .pipeline import key
+from .loader import key
 from .distributed import all_reduce, broadcast, init_distributed, merge_running_stats, running_stats
 from .engine import Engine, Stop, Training, local_loader, logits_of, readable_copy, start_training
 from .evaluation import evaluate, is_eval_epoch, probe

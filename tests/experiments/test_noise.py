@@ -4,7 +4,7 @@ import pytest, torch
 from conftest import ROOT
 from nwrepro.methods.custom import load_schemes, recorded_schemes
 from nwrepro.training.sources import load_source
-from nwrepro.training.pipeline import loader
+from nwrepro.training.loader import loader
 from nwrepro.methods.layers import GhostBatchNorm2d
 from nwrepro.training.recipe import make_recipe
 from nwrepro.methods.deploy import fold

@@ -14,7 +14,8 @@ from torchvision.transforms.functional import pil_to_tensor
 from conftest import ROOT
 from nwrepro.common import project_root, unknown
 from nwrepro.training.data import Images, balanced, data_folder, fingerprint, holdout, read_digits
-from nwrepro.training.pipeline import PIPELINES, Batches, Pipeline, Views, key, kept_random_state, loader, order, pipelines, resize, set_random_state
+from nwrepro.training.loader import Batches, Views, key, kept_random_state, loader, order, set_random_state
+from nwrepro.training.pipeline import PIPELINES, Pipeline, pipelines, resize
 from nwrepro.training.sources import NAMES, auto_source, check_imagenet, load_source, same_classes
 
 KINDS = pytest.mark.parametrize('kind', PIPELINES)
@@ -542,7 +543,7 @@ def test_a_worker_keeps_no_images(coloured, monkeypatch):
     views = Views(coloured.train, range(12), pipelines(coloured, 32, 'period'), train=True)
     list(loader(views, workers=2))
     assert views.cache == {}
-    monkeypatch.setattr('nwrepro.training.pipeline.get_worker_info', lambda: 'a worker')
+    monkeypatch.setattr('nwrepro.training.loader.get_worker_info', lambda: 'a worker')
     views[0, 0]
     assert views.cache == {}
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from timm.data.mixup import mixup_target
 from timm.loss import SoftTargetCrossEntropy
 from nwrepro.training.sources import load_source
-from nwrepro.training.pipeline import loader
+from nwrepro.training.loader import loader
 from nwrepro.training.recipe import RULES, check_parameters, make_recipe, notebook_parameters
 from nwrepro.training.records import load_runs
 from nwrepro.training.runs import read_metrics

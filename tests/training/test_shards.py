@@ -6,7 +6,8 @@ from PIL import Image
 
 from conftest import ROOT
 from nwrepro.training.data import Images
-from nwrepro.training.pipeline import Views, loader, pipelines, planes, resize
+from nwrepro.training.loader import Views, loader
+from nwrepro.training.pipeline import pipelines, planes, resize
 from nwrepro.training.sources import load_source
 from nwrepro.training.shards import Prepare, write_shards
 from nwrepro.training.command import main
