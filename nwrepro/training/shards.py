@@ -15,7 +15,7 @@ import numpy, pandas, torch
 from PIL import Image, __version__ as pillow
 from tqdm import tqdm
 from .data import Images, Source, located
-from .pipeline import PIPELINES, resize, squash
+from .pipeline import PIPELINES, resize, resize_to_square
 from ..common import choose, shown
 
 # %% ../../nbs/training/shards.ipynb #3a67a501
@@ -145,7 +145,7 @@ class Prepare:
         quality:int|None,   # of JPEG; None: lossless
     ): self.side, self.pipeline, self.quality = side, pipeline, quality
     def pixels(self, image):
-        if self.pipeline == 'period': return squash(image, self.side)
+        if self.pipeline == 'period': return resize_to_square(image, self.side)
         factor = min(1, self.side/min(image.size))
         return resize(image, *(round(factor*length) for length in image.size))
     def __call__(self, images, i):

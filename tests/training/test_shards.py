@@ -7,7 +7,7 @@ from PIL import Image
 from conftest import ROOT
 from nwrepro.training.data import Images
 from nwrepro.training.loader import Views, loader
-from nwrepro.training.pipeline import pipelines, planes, resize
+from nwrepro.training.pipeline import pipelines, image_to_bytes, resize
 from nwrepro.training.sources import load_source
 from nwrepro.training.shards import Prepare, write_shards
 from nwrepro.training.command import main
@@ -169,7 +169,7 @@ def test_prepared_images_are_those_of_the_pipeline(few, tmp_path, pipeline, qual
     assert small.prepared == info['source']['prepared'] and (small.prepared['side'], small.prepared['quality']) == (73, quality)
     assert small.train.labels == source.train.labels and small.train.name(5).partition('.')[0] == source.train.name(5).partition('.')[0]
     for i in range(0, len(source.train), 5):
-        photo, found = source.train.load(i), planes(small.train.load(i))
+        photo, found = source.train.load(i), image_to_bytes(small.train.load(i))
         factor = 73/min(photo.size)
         size = (73, 73) if pipeline == 'period' else [round(factor*length) for length in photo.size]
         assert least <= (found.float()-resize(photo, *size).float()).abs().mean() <= most
@@ -187,7 +187,7 @@ def test_shards_prepared_for_something_else_are_one_sentence(few, tmp_path):
 
 def test_a_small_image_is_not_enlarged_for_the_modern_pipeline(few):
     image = few[0].train.load(0)
-    assert torch.equal(Prepare(1000, 'modern', None).pixels(image), planes(image))
+    assert torch.equal(Prepare(1000, 'modern', None).pixels(image), image_to_bytes(image))
 
 def test_a_writing_that_was_interrupted_goes_on(few, tmp_path, monkeypatch):
     "The same bytes as in one go; only whole shards count; another plan is refused"
