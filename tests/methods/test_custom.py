@@ -76,8 +76,9 @@ def test_loading_draws_no_random_numbers(file):
     assert torch.equal(torch.rand(3), first)
 
 def test_the_public_interface():
-    from nwrepro import SCHEMES, Scheme, convert, fold, load_runs, to_timm
-    assert all(map(callable, (Scheme, convert, fold, load_runs, to_timm))) and 'wn' in SCHEMES and set(nwrepro.__all__) == {'SCHEMES', 'Scheme', 'convert', 'fold', 'load_runs', 'to_timm'}
+    from nwrepro import SCHEMES, Scheme, convert, fold, load_model, load_runs, to_timm
+    public = dict(Scheme=Scheme, convert=convert, fold=fold, load_model=load_model, load_runs=load_runs, to_timm=to_timm)
+    assert all(map(callable, public.values())) and 'wn' in SCHEMES and set(nwrepro.__all__) == {'SCHEMES', *public}
     with pytest.raises(AttributeError, match="module 'nwrepro' has no attribute 'shemes'"): nwrepro.shemes
 
 # results belong to what made them
