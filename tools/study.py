@@ -6,7 +6,7 @@ python tools/study.py pack NAME               put what has ended since into repo
 
 Runs are trained in FOLDER (../study, or --folder), a clone at COMMIT with an environment of its own, so that all have the same code.
 """
-import argparse, itertools, math, os, signal, statistics, subprocess, sys, time
+import argparse, itertools, math, os, signal, subprocess, sys, time
 from pathlib import Path
 from nwrepro.training.recipe import DEFAULTS, check_parameters
 from nwrepro.training.records import pack, records
@@ -103,10 +103,10 @@ def prepared(folder):
     return python
 
 def minutes(given, ended):
-    "How long a run takes, by those that have ended with the same network"
+    "How long a run takes on a quiet core, by the fastest that has ended with the same network"
     def steps(g): return g.get('max_steps') or g['epochs']*(g.get('train_images') or 50_000)*(1-g.get('holdout', 0))/g['batch_size']
     known = [r.summary['wall_s']/r.summary['steps'] for r in ended.values() if r.status == 'finished' and r.config['arch'] == given['arch'] and r.config['width'] == given['width']]
-    return 1+steps(given)*1.25*(statistics.median(known) if known else 0.3)/60
+    return 1+steps(given)*1.25*min(known, default=0.3)/60
 
 def run(folder, limit):
     "Train what comes next until `limit` minutes are over; a signal stops all runs with their steps saved"
