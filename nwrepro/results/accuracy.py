@@ -33,6 +33,7 @@ def pair_rows(
     return [number_row(f'{what}, not compared', f'{a.name} - {b.name}', welch(value(a.done).dropna(), value(b.done).dropna()), 'points')
             for a, b in pairs]
 
+# %% ../../nbs/results/accuracy.ipynb #20661536
 def pair_words(
     rows:list[dict],    # as `pair_rows` makes them
 )->str:                 # to follow a verdict's sentence; empty where there are none
@@ -78,6 +79,7 @@ def lr_noise(
             if a.seed == b.seed and abs(abs(math.log2(a.lr/b.lr))-1) < 0.1: moved.append(abs(a.top1-b.top1))
     return (min(moved), max(moved)) if moved else None
 
+# %% ../../nbs/results/accuracy.ipynb #a38f05bf
 def noise_words(
     runs:pandas.DataFrame,      # table of runs
     norms:tuple,                # schemes
@@ -119,6 +121,7 @@ def at_ceiling(
     e = mean_interval(values)
     return bool((e.high if e.n >= MIN_RUNS else e.value) >= TRAIN_CEILING)
 
+# %% ../../nbs/results/accuracy.ipynb #6db9c0ac
 def ceiling_words(
     found:Comparison,   # of two schemes
 )->str:                 # '' = one of them is shown to be below the ceiling, or nothing is on record
@@ -186,6 +189,7 @@ def grid_cells(
         if variant and len(variant.done): found.append((cell, variant))
     return found
 
+# %% ../../nbs/results/accuracy.ipynb #827f4f30
 def best_cell(
     cells:list,     # as `grid_cells` finds them
 )->tuple|None:      # setting and variant; None where fewer than two cells have hold-out records
@@ -223,6 +227,7 @@ def cell_name(
     "Dropout and weight decay of a cell"
     return f"dropout {cell['dropout'] or 0:g}, weight_decay {cell['weight_decay'] or 0:g}"
 
+# %% ../../nbs/results/accuracy.ipynb #3b5e96c9
 def cell_rows(
     norm:str,   # scheme
     cells:list, # as `grid_cells` finds them

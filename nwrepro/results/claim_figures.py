@@ -28,6 +28,7 @@ def cost_row(
     return dict(row=f"{scheme}, {record['precision']}", what='process', scheme=scheme, n=1, rounds=e.n, value=e.value, low=e.low,
                 high=e.high, unit=unit) | about
 
+# %% ../../nbs/results/claim_figures.ipynb #9d0e4acc
 def cost_caption(
     numbers:pandas.DataFrame,  # of rows, as `cost_row` makes them
 )->str:
@@ -78,6 +79,7 @@ def figure_function(
     "Full name of the function that draws a claim"
     return f'{FIGURES[key].__module__}.{FIGURES[key].__name__}'
 
+# %% ../../nbs/results/claim_figures.ipynb #578dcb12
 def claim_picture(
     key:str,                # of a claim
     runs:pandas.DataFrame,  # the runs it is judged by

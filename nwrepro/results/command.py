@@ -25,6 +25,7 @@ def existing_folder(
     if not found.is_dir(): raise ValueError(f'{shown(found)}: no such folder of {what}')
     return found
 
+# %% ../../nbs/results/command.ipynb #fa635dd4
 def make_report(
     runs:str|Path='reports/runs',  # folder of runs, absolute or from the project's root
     out:str|Path='reports',        # folder for index.html and figures/, the same

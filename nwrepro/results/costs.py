@@ -52,6 +52,7 @@ def kind_of_cost(
     "Is this ResNet-50 at 224 px on a GPU?"
     return 'claim' if (record['arch'], record['image_size'], record['device']) == ('resnet50', 224, 'cuda') else 'analogue'
 
+# %% ../../nbs/results/costs.ipynb #34feca36
 def judged_records(
     folder,         # of records, as `cost_records` takes it; None = none
     norms:tuple,    # schemes that must all have been measured
@@ -119,6 +120,7 @@ def share_of(
     "What goes of a step when BN is replaced by the identity"
     return Estimate(ratio.n, 100*(1-ratio.value), 100*(1-ratio.high), 100*(1-ratio.low))
 
+# %% ../../nbs/results/costs.ipynb #91ac6f42
 @claim('C10', 'Cost of BN', tag='paper', short='`bn` takes a significant share of a step',
        sentence='G&G state that batch normalization takes a significant fraction of training run-time and is bound by memory bandwidth.',
        observable='Share of the step time that goes when BN is replaced by the identity (scheme none): per process the median over rounds '

@@ -91,6 +91,7 @@ def tidy_runs(
     place = {norm: k for k, norm in enumerate(SCHEME_STYLES)}
     return runs.sort_values(['norm', 'lr', 'seed', 'run'], key=lambda s: s.map(lambda v: place.get(v, 9)) if s.name == 'norm' else s)
 
+# %% ../../nbs/results/figures.ipynb #0853c6d8
 def representative_runs(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # of each scheme, the runs of one variant and learning rate
@@ -124,6 +125,7 @@ def repetitions(
     ended, seeds = (runs['status'] == 'finished').sum(), 'seed' if runs['seed'].nunique() == 1 else 'seeds'
     return f"n = {ended} finished of {len(runs)} started, {seeds} {format_values(runs['seed'])}"
 
+# %% ../../nbs/results/figures.ipynb #6829bea1
 def scheme_captions(
     runs:pandas.DataFrame,  # tidy
 )->str:                     # 'bn (init torch, lr 0.1), wn (init torch, lr 0.2): n = 3 finished of 3 started, seeds 0, 1, 2'
@@ -163,6 +165,7 @@ def network_name(
     "A network as papers call it"
     return re.sub(r'^resnet(\d+)$', r'ResNet-\1', arch)
 
+# %% ../../nbs/results/figures.ipynb #7ab8770e
 def in_words(
     values,      # names, some missing
     naming=str,  # name -> what a reader would call it
@@ -171,6 +174,7 @@ def in_words(
     *most, last = sorted({naming(value) for value in values if pandas.notna(value)}) or ['not recorded']
     return f"{', '.join(most)} and {last}" if most else last
 
+# %% ../../nbs/results/figures.ipynb #f5ed5309
 def setting_caption(
     runs:pandas.DataFrame,  # tidy, those that are drawn
 )->str:                     # 'ResNet-26 on Imagenette (10 classes of ImageNet), 2000 training images, 48 px, 60 epochs'
@@ -198,6 +202,7 @@ def run_address(
     "Address of a run's row on the page of a report"
     return f'#run-{quote(name)}'
 
+# %% ../../nbs/results/figures.ipynb #3bc0a730
 def link_run(
     artist,    # of matplotlib, such as a line of one point
     name:str,  # of a run
@@ -229,6 +234,7 @@ def row_axes(
         ax.spines[['left', 'right', 'top']].set_visible(False)
     return fig, list(axs[:,0])
 
+# %% ../../nbs/results/figures.ipynb #089a09e2
 def draw_rows(
     ax:Axes,                   # as `row_axes` makes it
     numbers:pandas.DataFrame,  # with columns `row` (its name) and those of `run_values`
@@ -283,6 +289,7 @@ def linked_svg(
     kept = re.sub(r'url\(#', f'url(#{prefix}-', ElementTree.tostring(root, encoding='unicode'))
     return re.sub(r'(\bid="|xlink:href="#)', rf'\1{prefix}-', kept)
 
+# %% ../../nbs/results/figures.ipynb #6c672815
 def save_figure(
     figure:Figure,    # to be written
     path:str|Path,    # without an ending; its folder must exist

@@ -77,6 +77,7 @@ def place_in_block(
     "Which convolution of its block a layer is"
     return layer.split('.')[2]
 
+# %% ../../nbs/results/histories.ipynb #acd55aa9
 def coherence_ranks(
     probe:dict,             # a 'probe' line of a record
 )->dict[str,float]:         # place in the block -> Spearman's rank correlation; places with fewer than three layers left out
@@ -102,6 +103,7 @@ def read_history(
     return RunHistory(evals, running_accuracy(lines), tuple((x['epoch'], growth(x['outputs'])) for x in probes), tuple(coherent),
                   tuple((x['epoch'], rms[0]) for x in probes if (rms := block_rms(x['outputs']))))
 
+# %% ../../nbs/results/histories.ipynb #16c40312
 def last_modified(
     record:Record,  # in a pack or not
 )->int:             # nanoseconds; 0 where there is none
@@ -109,6 +111,7 @@ def last_modified(
     file = record.home if record.home != record.path else record.path/'metrics.jsonl'
     return file.stat().st_mtime_ns if file.exists() else 0
 
+# %% ../../nbs/results/histories.ipynb #d554a01f
 def read_histories(
     runs:pandas.DataFrame,      # finished runs of one scheme
     folder=None,                # of runs; None = `reports/runs` of the project

@@ -43,6 +43,7 @@ def tuning_runs(
     "The runs by which learning rates were chosen, of any number of epochs"
     return largest_comparable(runs, True, ('epochs', 'zero_init'))
 
+# %% ../../nbs/results/lr_figures.ipynb #f10ff0e0
 def lr_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme, init, epochs and lr; only where several were tried
@@ -118,6 +119,7 @@ def usual_conditions(
     "Warm-up and clipping of most runs"
     return condition_labels(runs).mode().ffill().iloc[-1]
 
+# %% ../../nbs/results/lr_figures.ipynb #34b5b94b
 def unusual_conditions(
     runs:pandas.DataFrame,  # tidy
 )->pandas.Series:           # of text, 'warmup_epochs 0'; empty for most runs
@@ -139,6 +141,7 @@ def final_runs(
     "The complete runs by which inits are compared"
     return largest_comparable(runs, False, ('zero_init', *CONDITIONS))
 
+# %% ../../nbs/results/lr_figures.ipynb #817536ca
 def init_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # per scheme, init, lr and split: rows as `run_values` makes them

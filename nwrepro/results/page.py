@@ -42,6 +42,7 @@ def figure_runs(
         return is_whole(setting), group['norm'].nunique(), (group['status'] == 'finished').sum()
     return max(groups, key=rank, default=({}, pandas.DataFrame(columns=['run'])))[1]
 
+# %% ../../nbs/results/page.ipynb #a0a908ed
 def draw_figures(
     verdicts:list,          # `Verdict`s
     groups:list,            # the runs that were judged, as `comparable` makes them
@@ -75,6 +76,7 @@ def cost_commands(
                                *(f'-p {name} {shlex.quote(str(value))}' for name, value in kind.items())])
                      for kind in kinds)
 
+# %% ../../nbs/results/page.ipynb #78071b7b
 def report_command(
     cache:RunCache,  # of the report's runs
 )->str:              # with folders as the reader would type them
@@ -103,6 +105,7 @@ def format_cell(
     if pandas.isna(value): return ''
     return str(int(value)) if float(value).is_integer() else f'{value:.3g}'
 
+# %% ../../nbs/results/page.ipynb #f7bb886a
 def table_part(
     frame:pandas.DataFrame,  # any
     label:str,               # what it shows, for who can't see it
@@ -146,6 +149,7 @@ def run_links(
     there = {entry.name for entry in os.scandir(record.path)}
     return [link(text, record.path/file) for text, file in RUN_FILES.items() if file in there]
 
+# %% ../../nbs/results/page.ipynb #c74df18b
 def run_table(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     cache:RunCache,         # where their records are
@@ -193,6 +197,7 @@ def code_in_backticks(
     "Escaped text, with words in backticks as code, and numbers that stay with their unit"
     return Markup(re.sub('`([^`]+)`', r'<code>\1</code>', re.sub(r' (= \d|%|px\b)', '\u00a0\\1', str(escape(text)))))
 
+# %% ../../nbs/results/page.ipynb #8e37c0bf
 def render_page(
     **values,  # what the template asks for
 )->str:
@@ -242,6 +247,7 @@ def evidence_text(
     arch, data = in_words(runs.get('arch', []), network_name), in_words(runs.get('data', []), lambda name: DATA_NAMES.get(name, name))
     return f"{len(runs)} run{'s'*(len(runs) > 1)} of {arch} on {data}"
 
+# %% ../../nbs/results/page.ipynb #ea5d39f4
 def write_page(
     verdicts:list,           # `Verdict`s of all claims
     pictures:dict,           # as `draw_figures` makes them

@@ -52,6 +52,7 @@ def grouped(
     keys = numpy.array([str(row) for row in values.to_numpy().tolist()])
     return [(values.loc[group.index[0]].to_dict(), group.reset_index(drop=True)) for _, group in table.groupby(keys, sort=False)]
 
+# %% ../../nbs/results/variants.ipynb #b7522c9b
 def is_whole(
     setting:dict,   # of comparable runs
 )->bool:
@@ -80,6 +81,7 @@ def matching(
     "A setting without what `LOOSE` names"
     return str([setting[name] for name in SETTING if name not in LOOSE])
 
+# %% ../../nbs/results/variants.ipynb #2a79f215
 def candidates(
     groups:list,    # as `grouped` makes them
 )->dict:            # `matching` of a setting -> a row per variant, `epochs` and `lr`: seeds, and `score` in percent (nan: diverged)
@@ -105,6 +107,7 @@ class Budget:
     epochs:float = 0            # of the runs it was chosen by
     seeds:tuple = ()            # that tuning used, with any learning rate
 
+# %% ../../nbs/results/variants.ipynb #11bb3709
 def budget(
     tried:pandas.DataFrame,     # candidates of one variant
 )->Budget:
@@ -130,6 +133,7 @@ class Variant:
     @property
     def name(self)->str: return f"{self.norm} ({self.init}{', zero-init' if self.zero_init else ''}, lr {self.lr:g})"
 
+# %% ../../nbs/results/variants.ipynb #8462aa13
 def ended_first(
     runs:pandas.DataFrame,      # with `status`
 )->pandas.DataFrame:            # the same rows
@@ -188,6 +192,7 @@ def doubts(
     if len(variant.done) < FINAL: found.append(f'{len(variant.done)} final seeds of {FINAL}')
     return found
 
+# %% ../../nbs/results/variants.ipynb #260ba5b0
 def exploratory(
     variants:list[Variant],  # that are compared
     setting:dict,       # of their final runs
@@ -236,6 +241,7 @@ def comparable(
         return group.assign(primary=group.index.isin(chosen))
     return [(setting, marked(setting, group)) for setting, group in groups]
 
+# %% ../../nbs/results/variants.ipynb #c03cb1a7
 def primary(
     runs:pandas.DataFrame,      # of one setting
 )->pandas.DataFrame:
@@ -257,6 +263,7 @@ def summarised(
         return {f'{name}_mean': e.value, f'{name}_sd': e.sd, f'{name}_low': e.low, f'{name}_high': e.high}
     return counts | of('top1') | of('train_top1')
 
+# %% ../../nbs/results/variants.ipynb #da749595
 def by_setting(
     runs:pandas.DataFrame,      # table of runs
 )->pandas.DataFrame:            # a row per variant, lr and setting: mean, sd and interval of `top1` and `train_top1`, and counts

@@ -35,6 +35,7 @@ class Verdict:
     equal_p:float = math.nan    # of a difference as large as the margin or larger
     note:str = ''               # in a few words, why it is not tested or testable here, or what part of the claim was seen
 
+# %% ../../nbs/results/verdicts.ipynb #2731a5c9
 @dataclass(frozen=True)
 class Claim:
     "A sentence of the paper, and how it is decided"
@@ -84,6 +85,7 @@ def padded_variance(
     side = math.ceil(image_size/32)
     return ((3*side-2)/(3*side))**2
 
+# %% ../../nbs/results/verdicts.ipynb #56c0f9e4
 def setting_text(
     setting:dict,   # of comparable runs
 )->str:
@@ -132,6 +134,7 @@ def comparisons(
         if all(len(variant.done) for variant in chosen.values()): found.append(Comparison(setting, chosen, variants))
     return found
 
+# %% ../../nbs/results/verdicts.ipynb #69b9438c
 def best_comparison(
     runs:pandas.DataFrame,      # table of runs
     norms:tuple,                # schemes that must all be there
@@ -155,6 +158,7 @@ def number_row(
     "One number that a verdict shows"
     return dict(what=what, scheme=scheme, n=e.n, value=e.value, low=e.low, high=e.high, unit=unit)
 
+# %% ../../nbs/results/verdicts.ipynb #4320b6e5
 def table_of(
     rows:list,              # as `number_row` makes them
 )->pandas.DataFrame:        # columns `NUMBERS`
@@ -176,6 +180,7 @@ def no_runs(
     "In a few words, that a scheme was not run to its end in a setting with the others"
     return f"no finished runs of {' and '.join(norms)} in one setting"
 
+# %% ../../nbs/results/verdicts.ipynb #fe7f1d8e
 def missing_schemes(
     norms:tuple,                # schemes
     runs:pandas.DataFrame,      # table of runs
@@ -203,6 +208,7 @@ def ruling(
     if not e.high-e.low > 1e-9: return 'undecided'
     return 'supported' if e.low > 0 else 'contradicted' if e.high < 0 else 'equivalent' if equal_p < ALPHA else 'undecided'
 
+# %% ../../nbs/results/verdicts.ipynb #6dbfbd22
 def format_interval(
     e:Estimate,     # a gap or a mean
     unit:str,       # of its value

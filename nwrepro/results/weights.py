@@ -54,6 +54,7 @@ def run_accuracy(
     images = len((run.path/'predictions.csv').read_text(encoding='utf-8').splitlines())-1
     return wilson(round(run.summary['top1']*images/100), images)
 
+# %% ../../nbs/results/weights.ipynb #d3b1cdee
 def card_metadata(
     run:Record,     # finished
     card:DataCard,  # of its data

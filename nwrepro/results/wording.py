@@ -30,6 +30,7 @@ def is_exploratory(
     "Does the verdict rest on a comparison that departs from the rules?"
     return bool(verdict.exploratory) and verdict.verdict != 'not testable here'
 
+# %% ../../nbs/results/wording.ipynb #566a1306
 def chip(
     verdict,  # `Verdict`
 )->dict:      # `kind` (for the style), `sign`, `word`, `exploratory`
@@ -57,6 +58,7 @@ def same_digits(
     while places < 4 and any(float(f'{value:.{places}f}') == 0 for value in known): places += 1
     return [f'{value:.{places}f}' for value in values]
 
+# %% ../../nbs/results/wording.ipynb #db9e8e7e
 def headline(
     verdict,       # `Verdict`
 )->dict|None:      # a row of its numbers; None where there are none
@@ -65,6 +67,7 @@ def headline(
     compared = [row for row in rows if {'-', '/'} & set(row['scheme'].split())]
     return next(iter(compared or [row for row in rows if row['scheme'] == 'wn'] or rows), None)
 
+# %% ../../nbs/results/wording.ipynb #ecbdbd3e
 def interval_text(
     row:dict,  # of a verdict's numbers
 )->str:        # '-3.4 points (-6.4 to -0.3)'
@@ -72,6 +75,7 @@ def interval_text(
     value, low, high = same_digits(row['value'], row['low'], row['high'])
     return f"{value} {row['unit']}".rstrip()+('' if math.isnan(row['low']) else f' ({low} to {high})')
 
+# %% ../../nbs/results/wording.ipynb #f6ba318c
 def evidence(
     verdict,  # `Verdict`
 )->str:       # at most twenty words
