@@ -42,7 +42,7 @@ def scheme_style(
 # %% ../../nbs/results/figures.ipynb #ab3c488d
 @dataclass(frozen=True)
 class Picture:
-    "A figure, and what a reader must know of it"
+    "A figure with its legend, conditions, numbers and runs"
     figure:Figure
     legend:str                # what is drawn
     about:str                 # schemes, n, seeds, data, sizes, hardware
@@ -103,7 +103,7 @@ RECIPE_WORDS = dict(paper='period recipe (`paper`)', modern='modern recipe (`mod
 
 def format_values(
     values,     # numbers or words, in any order, some missing
-    most:int=6, # that are written out
+    most:int=6, # written out
 )->str:         # 'not recorded' where there is none
     "Distinct values in a row"
     known = {v for v in values if pandas.notna(v)}
@@ -129,7 +129,7 @@ def repetitions(
 def scheme_captions(
     runs:pandas.DataFrame,  # tidy
 )->str:                     # 'bn (init torch, lr 0.1), wn (init torch, lr 0.2): n = 3 finished of 3 started, seeds 0, 1, 2'
-    "The part of a caption that says of each scheme what was run; repetitions that all schemes share are said once"
+    "The part of a caption on each scheme: init, learning rate, n and seeds; what all schemes share is said once"
     parts = [part for _, part in runs.groupby('norm', sort=False)]
     names = [f"{part['norm'].iloc[0]} (init {format_values(init_label(part))}, lr {format_values(part['lr'])})" for part in parts]
     counts = [repetitions(part) for part in parts]
@@ -208,7 +208,7 @@ def link_run(
     name:str,  # of a run
     words:str, # to show on hover
 ):
-    "Lead from what is drawn to a run's row"
+    "Link what is drawn to a run's row"
     artist.set(url=run_address(name), gid=words)
 
 def run_words(
@@ -298,7 +298,7 @@ def save_figure(
     "Write a figure as SVG and PNG"
     svg, png = Path(f'{path}.svg'), Path(f'{path}.png')
     figure.draw_without_rendering()
-    figure.set_layout_engine('none')  # drawn again, it would move by a hair
+    figure.set_layout_engine('none')  # a second layout would move it slightly
     with plt.rc_context({'svg.hashsalt': 'nwrepro', 'svg.fonttype': 'none'}):
         figure.savefig(svg, metadata={'Date': None}, facecolor='white')
         figure.savefig(png, dpi=150, facecolor='white')

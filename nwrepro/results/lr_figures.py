@@ -26,12 +26,12 @@ from ..training.runs import RESULTS
 def largest_comparable(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     held:bool,              # evaluated on the hold-out split, or on the test images
-    apart:tuple,            # names in `SETTING` that may differ too
+    may_differ:tuple,       # names in `SETTING` that may differ too
 )->pandas.DataFrame:        # tidy; empty where there is none
-    "The largest group of complete runs that differ only in scheme, init, lr, seed and `apart`, the paper's own setting first"
+    "The largest group of complete runs that differ only in scheme, init, lr, seed and `may_differ`, the paper's own setting first"
     groups = {}
     for setting, group in comparable(runs):
-        key = kind_of(setting) == 'claim', str([value for name, value in setting.items() if name not in apart])
+        key = kind_of(setting) == 'claim', str([value for name, value in setting.items() if name not in may_differ])
         if bool(setting['holdout']) == held and setting['max_steps'] is None: groups.setdefault(key, []).append(group)
     best = max(groups, key=lambda key: (key[0], sum(map(len, groups[key]))), default=None)
     return tidy_runs(pandas.concat(groups[best]) if groups else runs.iloc[:0])
@@ -145,7 +145,7 @@ def final_runs(
 def init_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # per scheme, init, lr and split: rows as `run_values` makes them
-    "Accuracy of every init, on test and on training images"
+    "Accuracy from every init, on test and on training images"
     norms, rows = runs['norm'].unique().tolist(), []
     for (norm, label, lr), own in sorted(runs.groupby(['norm', init_and_conditions(runs), 'lr']),
                                          key=lambda group: (norms.index(group[0][0]), *group[0][1:])):

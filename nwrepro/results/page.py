@@ -48,7 +48,7 @@ def draw_figures(
     groups:list,            # the runs that were judged, as `comparable` makes them
     cache:RunCache,         # where their records are
 )->dict:                    # key -> `Picture`, of the claims and of `EXTRA_FIGURES` that have one
-    "Every figure there is something to draw for"
+    "All figures for which there is data"
     pictures = {v.key: claim_picture(v.key, figure_runs(v, groups), cache) for v in verdicts}
     if groups: pictures |= {key: make(pandas.concat([group for _, group in groups]), cache) for key, (_, make) in EXTRA_FIGURES.items()}
     return {key: picture for key, picture in pictures.items() if picture}
@@ -108,7 +108,7 @@ def format_cell(
 # %% ../../nbs/results/page.ipynb #f7bb886a
 def table_part(
     frame:pandas.DataFrame,  # any
-    label:str,               # what it shows, for who can't see it
+    label:str,               # what it shows, for screen readers
 )->dict:                     # `label`, `columns`, `rows` of `(text, link)` lists per cell, `ids` of rows
     "A data frame for the page's template"
     return dict(label=label, ids=[None]*len(frame), columns=[str(c).replace('_', ' ') for c in frame.columns],
@@ -124,7 +124,7 @@ SETTING_COLUMNS = ['data', 'arch', 'image_size', 'train_images', 'holdout', 'epo
 def settings_part(
     runs:pandas.DataFrame,  # as `load_runs` gives it
 )->dict:                    # as `table_part` makes it, and `shared`: what all rows have in common
-    "Results by setting, whole runs first and the best proven of them at the top, without the columns that say the same in every row"
+    "Results by setting: whole runs and those with most seeds first, constant columns left out"
     frame = by_setting(runs)
     cut, held = (pandas.to_numeric(frame[name]).fillna(0) for name in ('max_steps', 'holdout'))
     frame = frame.assign(cut=cut > 0, held=held).sort_values(['cut', 'held', 'n_finished'], ascending=[True, True, False], kind='stable')
@@ -143,7 +143,7 @@ def run_links(
     record:Record,  # of one run
     start:Path,     # folder of the page
 )->list:            # `(text, link)` of each file that is there, or of the pack that holds them
-    "What a run has left"
+    "The files of a run"
     def link(text, path): return text, quote(os.path.relpath(path, start))
     if record.home != record.path: return [link('pack', record.home)]
     there = {entry.name for entry in os.scandir(record.path)}
@@ -216,7 +216,7 @@ def figure_part(
     commands:str,    # that make it again
     out:Path,        # folder of the page; holds `figures/`
 )->dict:             # what the template of a figure asks for; `figure` is None where there is none
-    "A figure saved in the place of that of an earlier page"
+    "Save a figure, and remove that of an earlier page"
     for ending in ('svg', 'png'): (out/'figures'/f'{key}.{ending}').unlink(missing_ok=True)
     if not picture: return dict(key=key, figure=None)
     svg, png = save_figure(picture.figure, out/'figures'/key)

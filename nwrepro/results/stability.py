@@ -84,7 +84,7 @@ def limit_rows(
     own:pandas.DataFrame,       # its limits
     words:str='',               # to follow what is measured
 )->list[dict]:
-    "What a variant's seeds come to, as means in ln lr; the learning rate without divergence decides nothing"
+    "The limits of a variant, as means over seeds in ln lr; the learning rate without divergence decides nothing"
     norm, init, zero = variant
     def row(what, values):
         with numpy.errstate(divide='ignore', invalid='ignore'): e = mean_interval(numpy.log(values.astype(float)))
@@ -103,8 +103,8 @@ def short_probes(
 # %% ../../nbs/results/stability.ipynb #33ab5e5d
 def stuck_words(
     short:pandas.DataFrame,     # probes that are too short
-)->str:                         # empty where none came to its end
-    "What probes that are too short say"
+)->str:                         # empty where none finished
+    "How many probes were too short, and how many of them learned, as text"
     alive = short[short.status == 'finished']
     by = '; '.join(f"{norm} {(own.verdict == 'learning').sum()} of {len(own)}" for norm, own in alive.groupby('norm', sort=False))
     if not len(alive): return ''
@@ -154,7 +154,7 @@ def ratio_rows(
        observable='The largest lr at which a run of 200 steps at full lr, after any warm-up, learns (mean of its last 50 training losses, '
                   'with batch statistics, below .95 ln K), per variant and seed, by a ladder from 16 down in factors of 2 '
                   'until two rungs in a row learn; the ratio of bn to wn by interval-censored log-normal thresholds. The largest lr '
-                  'without divergence is shown beside it.',
+                  'without divergence is shown too.',
        rule='Our choice: supported if for the variants of the primary comparison the 95 % interval of bn over wn lies above 1, '
             'contradicted if '
             'below 1, undecided otherwise and with fewer than three seeds of each. '
