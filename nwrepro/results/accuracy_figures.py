@@ -161,7 +161,7 @@ def convergence(
 def grid_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme, dropout and weight decay
-    "Mean accuracies of a dropout x weight-decay grid, each cell by the variant that stands for its scheme"
+    "Mean accuracies of a dropout x weight-decay grid, each cell by the variant that represents its scheme"
     rows = []
     for (norm, dropout, decay), part in runs.dropna(subset='top1').groupby(['norm', 'dropout', 'weight_decay'], sort=False):
         best = representative_runs(part)

@@ -176,8 +176,8 @@ def missing_notes(
              f'the folder and train again.' for name in torn]
     notes += [f"{name} is not drawn: {error.replace(f'{cache.folder.absolute()}{os.sep}', '')}." for name, error in cache.damaged.items()]
     cut = runs['run'][runs['status'].isin(['started', 'interrupted'])]
-    if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it goes on '
-                              f'where it stopped.')
+    if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it '
+                              f'resumes where it stopped.')
     if not len(runs): notes.append('There are no runs: `papermill nbs/train.ipynb reports/wn.ipynb -p norm wn` makes one on handwritten '
                                    'digits in a few minutes.')
     return notes
@@ -266,6 +266,6 @@ def write_page(
                        claims=[claim_part(v, sections[v.key]) for v in verdicts], extras=[parts['rates']]*bool(parts['rates']['figure']),
                        notes=missing_notes(runs, cache), place=Path(os.path.relpath(cache.folder, project_root())).as_posix(),
                        runs=run_table(runs, cache, out), settings=settings_part(runs), again=report_command(cache),
-                       beside=table_part(against_bn(runs), 'Every scheme beside bn'))
+                       beside=table_part(against_bn(runs), 'Every scheme against bn'))
     write_atomic(out/'index.html', page)
     return out/'index.html'

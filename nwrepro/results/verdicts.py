@@ -74,7 +74,7 @@ PAPER_SETTING = PAPER_RECIPE | dict(data=['imagenet'], arch=['resnet50'], image_
 def kind_of(
     setting:dict,   # of comparable runs
 )->str:             # 'claim' or 'analogue'
-    "Is this the setting that the paper speaks of?"
+    "Is this the paper's own setting?"
     return 'claim' if all(setting[name] in accepted for name, accepted in PAPER_SETTING.items()) else 'analogue'
 
 # %% ../../nbs/results/verdicts.ipynb #07a5058b
@@ -110,7 +110,7 @@ def setting_text(
 class Comparison:
     "The setting in which schemes are compared, and their variants"
     setting:dict
-    variants:dict[str,Variant]  # scheme -> the variant that stands for it
+    variants:dict[str,Variant]  # scheme -> the variant that represents it
     others:list[Variant]    # all variants of these schemes in the setting
     @property
     def runs(self)->list: return [run for variant in self.variants.values() for run in variant.runs.run]
@@ -188,7 +188,7 @@ def missing_schemes(
     "Message where no setting has a finished run of each scheme"
     wanted = complete(runs).query('norm in @norms')
     reasons = (('were scored on a hold-out split and do not count', pandas.to_numeric(wanted.holdout) > 0),
-               ('were cut short by max_steps and do not count', wanted.max_steps.notna()), ('diverged', wanted.status == 'diverged'))
+               ('were stopped by max_steps and do not count', wanted.max_steps.notna()), ('diverged', wanted.status == 'diverged'))
     why = numpy.select([mark for _, mark in reasons], [words for words, _ in reasons], '')  # of several reasons the first
     counts = ', '.join(f'{(why == words).sum()} {words}' for words, _ in reasons if (why == words).any())
     had = f' (of {len(wanted)} such runs {counts})' if counts else ''
