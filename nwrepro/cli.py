@@ -19,7 +19,7 @@ train    train one scheme; the same run as nbs/train.ipynb
 report   write the page of a folder of runs, reports/index.html
 export   write a finished run as safetensors with a model card, or as ONNX
 
-nwrepro --version tells the version; nwrepro COMMAND --help lists what a command accepts."""
+nwrepro --version prints the version; nwrepro COMMAND --help lists what a command accepts."""
 
 def main(
     args:list|None=None,  # words of the command line; None = the process's own

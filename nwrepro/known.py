@@ -26,7 +26,7 @@ def stock(
     arch:str,       # timm's name of the network that a file belongs to
     classes:int,    # outputs
 )->nn.Module:       # in evaluation mode
-    "A network with known weights; ValueError where they are not to be had, or don't fit"
+    "A network with known weights; ValueError where they are missing or don't fit"
     path = Path(weights)
     if path.suffix in ('.safetensors', '.pth', '.pt'):
         if not path.is_file(): raise ValueError(f'no file {weights}: give the weights of a stock timm network as .safetensors, .pth or .pt, or the name of one that timm knows')
@@ -48,7 +48,7 @@ def preprocessing(
     pipeline:str,       # 'own' = the network's configuration, 'period' or 'modern'
     size:int|None=None, # side of the input, pixels; None = the configuration's, 224 without 'own'
 )->Pipeline:
-    "How an image becomes an input of a network; ValueError for one that takes images of another size alone"
+    "How an image becomes an input of a network; ValueError for a network that only takes another size"
     known = getattr(model, 'pretrained_cfg', None) or {}
     if known.get('fixed_input_size') and size not in (None, known['input_size'][-1]):
         raise ValueError(f"{known['architecture']} takes images of {known['input_size'][-1]} px alone: give that as image_size")

@@ -21,8 +21,8 @@ from .verdicts import ALPHA, MARGIN, Comparison, Verdict, best_comparison, claim
 # %% ../../nbs/results/accuracy.ipynb #94640ec4
 def pair_rows(
     found:Comparison,   # of two schemes
-    norms:tuple,        # the one that the claim says has more, and the other
-    what:str,           # is measured
+    norms:tuple,        # the scheme that the claim says has more, and the other
+    what:str,           # quantity, as the table names it
     value:Callable,     # finished runs -> one value per run
 )->list[dict]:          # rows of a verdict's table
     "The gaps of all other pairs of variants with three seeds each"
@@ -33,10 +33,11 @@ def pair_rows(
     return [number_row(f'{what}, not compared', f'{a.name} - {b.name}', welch(value(a.done).dropna(), value(b.done).dropna()), 'points')
             for a, b in pairs]
 
+# %% ../../nbs/results/accuracy.ipynb #20661536
 def pair_words(
     rows:list[dict],    # as `pair_rows` makes them
 )->str:                 # to follow a verdict's sentence; empty where there are none
-    "Between what the other pairs lie"
+    "The range of the gaps of the other pairs, as text"
     if not rows: return ''
     ends = [min(rows, key=lambda r: r['value']), max(rows, key=lambda r: r['value'])]
     said = ' to '.join(f"{r['value']:+.1f} ({r['low']:.1f} to {r['high']:.1f}; {r['scheme']})" for r in ends[:len(rows)])
@@ -47,7 +48,7 @@ def gap_claim(
     key:str,                    # of the claim
     runs:pandas.DataFrame,      # table of runs
     norms:tuple,                # the scheme that the claim says has more, and the other
-    what:str,                   # is measured
+    what:str,                   # quantity, as the table names it
     value:Callable,             # finished runs -> one value per run
     unit:str='%',               # of the values; their gap is in points
 )->Verdict:
@@ -78,6 +79,7 @@ def lr_noise(
             if a.seed == b.seed and abs(abs(math.log2(a.lr/b.lr))-1) < 0.1: moved.append(abs(a.top1-b.top1))
     return (min(moved), max(moved)) if moved else None
 
+# %% ../../nbs/results/accuracy.ipynb #a38f05bf
 def noise_words(
     runs:pandas.DataFrame,      # table of runs
     norms:tuple,                # schemes
@@ -119,10 +121,11 @@ def at_ceiling(
     e = mean_interval(values)
     return bool((e.high if e.n >= MIN_RUNS else e.value) >= TRAIN_CEILING)
 
+# %% ../../nbs/results/accuracy.ipynb #6db9c0ac
 def ceiling_words(
     found:Comparison,   # of two schemes
 )->str:                 # '' = one of them is shown to be below the ceiling, or nothing is on record
-    "That neither is shown to be below the ceiling, with both training accuracies"
+    "Text that neither is shown to be below the ceiling, with both training accuracies"
     values = {norm: variant.done.train_top1.dropna() for norm, variant in found.variants.items()}
     if not all(len(v) and at_ceiling(v) for v in values.values()): return ''
     accuracies = ', '.join(f'{norm} {format_mean(v)}' for norm, v in values.items())
@@ -132,7 +135,7 @@ def ceiling_words(
 @claim('C2', 'Training accuracy', tag='paper', short='`wn` trains to a higher accuracy',
        sentence='G&G state that weight normalization reaches better training accuracy than batch normalization.',
        observable='Final train_top1 (fixed training images, evaluation mode, no augmentation), wn minus bn; training loss there and the '
-                  'running training accuracy of the last epoch beside it.',
+                  'running training accuracy of the last epoch are reported too.',
        rule='Our choice: as for C1, of wn minus bn; not testable here where neither is shown to be below 99.5 %: where the upper end of '
             'both intervals, with fewer than three seeds both means, is at 99.5 % or more. Loss and running accuracy are reported and '
             'decide nothing.')
@@ -160,7 +163,7 @@ def decide_c2(key, runs, folder=None):
                 "regularization effect.",
        observable='train_top1 minus top1 (both in evaluation mode, final), of wn minus of bn. The gap is what is seen; its cause is an '
                   'interpretation, which this does not test.',
-       rule='Our choice: as for C1; "same as C1", which is not testable here, where C2 is not testable.')
+       rule='Our choice: as for C1; not testable here where C2 is not testable, since it then nearly repeats C1.')
 def decide_c4(key, runs, folder=None):
     verdict = gap_claim(key, runs, ('wn', 'bn'), 'train_top1 - top1', lambda mine: mine.train_top1-mine.top1, 'points')
     if verdict.verdict == 'not tested' or not (full := ceiling_words(found := best_comparison(runs, ('wn', 'bn')))): return verdict
@@ -186,6 +189,7 @@ def grid_cells(
         if variant and len(variant.done): found.append((cell, variant))
     return found
 
+# %% ../../nbs/results/accuracy.ipynb #827f4f30
 def best_cell(
     cells:list,     # as `grid_cells` finds them
 )->tuple|None:      # setting and variant; None where fewer than two cells have hold-out records
@@ -223,6 +227,7 @@ def cell_name(
     "Dropout and weight decay of a cell"
     return f"dropout {cell['dropout'] or 0:g}, weight_decay {cell['weight_decay'] or 0:g}"
 
+# %% ../../nbs/results/accuracy.ipynb #3b5e96c9
 def cell_rows(
     norm:str,   # scheme
     cells:list, # as `grid_cells` finds them

@@ -46,6 +46,7 @@ def named_rows(
     names = {norm: f"{norm}{f': {SCHEME_NAMES[norm]}' if norm in SCHEME_NAMES else ''}, n = {n}" for norm, n in counts.items()}
     return numbers.assign(row=numbers['scheme'].map(names))
 
+# %% ../../nbs/results/accuracy_figures.ipynb #040cd205
 def accuracy_picture(
     runs:pandas.DataFrame,  # that may be compared
     cache:RunCache,         # where their records are
@@ -58,6 +59,7 @@ def accuracy_picture(
     if len(found): return Picture(plot_rows(found, 'test top-1, percent', paper), f'Test accuracy after the last epoch: {setting_caption(runs)}. '
                                   f'{ROWS_LEGEND}{more}', runs_caption(runs, cache), found, tuple(runs['run']))
 
+# %% ../../nbs/results/accuracy_figures.ipynb #df234060
 def final_accuracy(
     runs:pandas.DataFrame,  # that may be compared
     cache:RunCache,         # where their records are
@@ -143,6 +145,7 @@ def level_numbers(
     return pandas.concat([own.assign(row=f'{level} %: '+own['scheme']) for level, own in zip(LEVELS, levels, strict=True)],
                          ignore_index=True)
 
+# %% ../../nbs/results/accuracy_figures.ipynb #3861a7b1
 def convergence(
     runs:pandas.DataFrame,  # that may be compared
     cache:RunCache,         # where their records are
@@ -158,7 +161,7 @@ def convergence(
 def grid_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme, dropout and weight decay
-    "Mean accuracies of a dropout x weight-decay grid, each cell by the variant that stands for its scheme"
+    "Mean accuracies of a dropout x weight-decay grid, each cell by the variant that represents its scheme"
     rows = []
     for (norm, dropout, decay), part in runs.dropna(subset='top1').groupby(['norm', 'dropout', 'weight_decay'], sort=False):
         best = representative_runs(part)

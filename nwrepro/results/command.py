@@ -18,17 +18,18 @@ from ..training.records import load_runs
 # %% ../../nbs/results/command.ipynb #8bca9d1d
 def existing_folder(
     folder:str|Path,  # absolute or from the project's root
-    what:str,         # it should hold
+    what:str,         # what it should hold, for the message
 )->Path:
     "A folder; ValueError where there is none"
     found = project_root()/folder
     if not found.is_dir(): raise ValueError(f'{shown(found)}: no such folder of {what}')
     return found
 
+# %% ../../nbs/results/command.ipynb #fa635dd4
 def make_report(
     runs:str|Path='reports/runs',  # folder of runs, absolute or from the project's root
-    out:str|Path='reports',        # folder for index.html and figures/, the same
-    costs:str|Path|None=None,      # folder of records of cost, the same; None = no claim on cost
+    out:str|Path='reports',        # folder for index.html and figures/, likewise
+    costs:str|Path|None=None,      # folder of records of cost, likewise; None = no claim on cost
 )->Path:                           # the page
     "Write the page of a folder of runs; ValueError where there is no such folder"
     cache = RunCache(existing_folder(runs, 'runs: train one with `nwrepro train`, or name another with --runs'),
@@ -40,7 +41,7 @@ def make_report(
 # %% ../../nbs/results/command.ipynb #1e014437
 def report(
     args=None,  # words of the command line; None = the process's own
-    prog:str='nwrepro report',  # what was typed before them
+    prog:str='nwrepro report',  # name of the command, for messages
 )->int:         # 0, or 2 for wrong input
     "Entry point of `nwrepro report`"
     new = Parser(prog, description='Write the page of a folder of runs.')

@@ -20,9 +20,9 @@ MEASURED = ('arch', 'image_size', 'batch_size', 'precision', 'channels_last', 'd
 
 def cost_records(
     folder=None,    # of the records; None = `reports/cost` of the project
-    usual=True,     # only those of the compiler and the allocator that runs have unless told otherwise
+    usual=True,     # only those with the default compiler setting and allocator
 )->list[dict]:      # with at least the keys in `MEASURED`; `seconds`: scheme -> seconds per step, a list with one value per round
-    "What is on record of the cost of a step; damaged files are left out"
+    "Records of the cost of a step, without damaged files"
     place = Path(folder) if folder else project_root()/'reports'/'cost'
     records = [read_json(path) for path in sorted(place.glob('*.json'))]
     def is_usual(record): return record.get('compile', 'kernels') == 'kernels' and not record.get('allocator')
@@ -52,6 +52,7 @@ def kind_of_cost(
     "Is this ResNet-50 at 224 px on a GPU?"
     return 'claim' if (record['arch'], record['image_size'], record['device']) == ('resnet50', 224, 'cuda') else 'analogue'
 
+# %% ../../nbs/results/costs.ipynb #34feca36
 def judged_records(
     folder,         # of records, as `cost_records` takes it; None = none
     norms:tuple,    # schemes that must all have been measured
@@ -83,7 +84,7 @@ def ratio_words(
     one,            # record -> estimate over the rounds of one process
     form:str='.3f', # of a number
 )->str:
-    "A ratio as text, with the interval that there is"
+    "A ratio as text, with its interval over processes, else over rounds"
     if e.n >= MIN_RUNS: return f'{e.value:{form}} ({e.low:{form}} to {e.high:{form}} over {e.n} processes)'
     within = '; '.join(f'{x.value:{form}} ({x.low:{form}} to {x.high:{form}} over {x.n} rounds)' for x in map(one, records))
     return f"{within} in {e.n} {'process' if e.n == 1 else 'processes'}"
@@ -104,24 +105,25 @@ def place_of_cost(
 def in_all(
     rulings:list,   # verdicts, at least one
 )->str:             # verdict
-    "What several rulings come to: one against is enough, and all must be for"
+    "One verdict of several: contradicted if one is, supported if all are"
     return 'contradicted' if 'contradicted' in rulings else 'supported' if set(rulings) == {'supported'} else 'undecided'
 
 # %% ../../nbs/results/costs.ipynb #1ef346b5
 UNMEASURED = ('no records of cost were given: `papermill nbs/cost.ipynb reports/cost.ipynb` makes one in `reports/cost`, and `-p costs '
-              'reports/cost` shows the report those that lie there; images/s in the summary of a run depends on what else its machine did, '
+              'reports/cost` shows the report those that lie there; images/s in the summary of a run depends on other load of its machine, '
               'and decides nothing')
 SIGNIFICANT = 5  # percent of a step; our choice
 
 def share_of(
     ratio:Estimate, # step of none over that of bn
 )->Estimate:        # percent of a step
-    "What goes of a step when BN is replaced by the identity"
+    "Share of a step that is saved when BN is replaced by the identity"
     return Estimate(ratio.n, 100*(1-ratio.value), 100*(1-ratio.high), 100*(1-ratio.low))
 
+# %% ../../nbs/results/costs.ipynb #91ac6f42
 @claim('C10', 'Cost of BN', tag='paper', short='`bn` takes a significant share of a step',
        sentence='G&G state that batch normalization takes a significant fraction of training run-time and is bound by memory bandwidth.',
-       observable='Share of the step time that goes when BN is replaced by the identity (scheme none): per process the median over rounds '
+       observable='Share of the step time that is saved when BN is replaced by the identity (scheme none): per process the median over rounds '
                   'of steps in turn, over processes their mean; precision and layout stated.',
        rule='Our choice, set after the first records: supported if over three or more processes the 95 % interval of the share lies above '
             '5 % of a step, contradicted if below, undecided otherwise, in every '
@@ -141,7 +143,7 @@ def decide_c10(key, runs, folder=None):
 # %% ../../nbs/results/costs.ipynb #c5dd5a5b
 @claim('C11', 'Cost of WN', tag='paper', short='`wn` does not slow a step down',
        sentence='G&G state that WN algorithms do not slow down training iterations.',
-       observable='Step time of wn, np and trelu over that of bn, and over none beside it: per process the median over rounds of steps in '
+       observable='Step time of wn, np and trelu over that of bn, and over that of none: per process the median over rounds of steps in '
                   'turn, over processes their mean; same device, precision, layout and batch.',
        rule='Our choice, set after the first records: supported if over three or more processes the 95 % interval of the ratio to bn lies '
             'below 1.01 for each measured WN-type scheme, contradicted if for one of them it '

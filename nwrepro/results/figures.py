@@ -42,7 +42,7 @@ def scheme_style(
 # %% ../../nbs/results/figures.ipynb #ab3c488d
 @dataclass(frozen=True)
 class Picture:
-    "A figure, and what a reader must know of it"
+    "A figure with its legend, conditions, numbers and runs"
     figure:Figure
     legend:str                # what is drawn
     about:str                 # schemes, n, seeds, data, sizes, hardware
@@ -91,6 +91,7 @@ def tidy_runs(
     place = {norm: k for k, norm in enumerate(SCHEME_STYLES)}
     return runs.sort_values(['norm', 'lr', 'seed', 'run'], key=lambda s: s.map(lambda v: place.get(v, 9)) if s.name == 'norm' else s)
 
+# %% ../../nbs/results/figures.ipynb #0853c6d8
 def representative_runs(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # of each scheme, the runs of one variant and learning rate
@@ -102,7 +103,7 @@ RECIPE_WORDS = dict(paper='period recipe (`paper`)', modern='modern recipe (`mod
 
 def format_values(
     values,     # numbers or words, in any order, some missing
-    most:int=6, # that are written out
+    most:int=6, # written out
 )->str:         # 'not recorded' where there is none
     "Distinct values in a row"
     known = {v for v in values if pandas.notna(v)}
@@ -124,10 +125,11 @@ def repetitions(
     ended, seeds = (runs['status'] == 'finished').sum(), 'seed' if runs['seed'].nunique() == 1 else 'seeds'
     return f"n = {ended} finished of {len(runs)} started, {seeds} {format_values(runs['seed'])}"
 
+# %% ../../nbs/results/figures.ipynb #6829bea1
 def scheme_captions(
     runs:pandas.DataFrame,  # tidy
 )->str:                     # 'bn (init torch, lr 0.1), wn (init torch, lr 0.2): n = 3 finished of 3 started, seeds 0, 1, 2'
-    "The part of a caption that says of each scheme what was run; repetitions that all schemes share are said once"
+    "The part of a caption on each scheme: init, learning rate, n and seeds; what all schemes share is said once"
     parts = [part for _, part in runs.groupby('norm', sort=False)]
     names = [f"{part['norm'].iloc[0]} (init {format_values(init_label(part))}, lr {format_values(part['lr'])})" for part in parts]
     counts = [repetitions(part) for part in parts]
@@ -163,6 +165,7 @@ def network_name(
     "A network as papers call it"
     return re.sub(r'^resnet(\d+)$', r'ResNet-\1', arch)
 
+# %% ../../nbs/results/figures.ipynb #7ab8770e
 def in_words(
     values,      # names, some missing
     naming=str,  # name -> what a reader would call it
@@ -171,6 +174,7 @@ def in_words(
     *most, last = sorted({naming(value) for value in values if pandas.notna(value)}) or ['not recorded']
     return f"{', '.join(most)} and {last}" if most else last
 
+# %% ../../nbs/results/figures.ipynb #f5ed5309
 def setting_caption(
     runs:pandas.DataFrame,  # tidy, those that are drawn
 )->str:                     # 'ResNet-26 on Imagenette (10 classes of ImageNet), 2000 training images, 48 px, 60 epochs'
@@ -198,12 +202,13 @@ def run_address(
     "Address of a run's row on the page of a report"
     return f'#run-{quote(name)}'
 
+# %% ../../nbs/results/figures.ipynb #3bc0a730
 def link_run(
     artist,    # of matplotlib, such as a line of one point
     name:str,  # of a run
     words:str, # to show on hover
 ):
-    "Lead from what is drawn to a run's row"
+    "Link what is drawn to a run's row"
     artist.set(url=run_address(name), gid=words)
 
 def run_words(
@@ -229,6 +234,7 @@ def row_axes(
         ax.spines[['left', 'right', 'top']].set_visible(False)
     return fig, list(axs[:,0])
 
+# %% ../../nbs/results/figures.ipynb #089a09e2
 def draw_rows(
     ax:Axes,                   # as `row_axes` makes it
     numbers:pandas.DataFrame,  # with columns `row` (its name) and those of `run_values`
@@ -283,6 +289,7 @@ def linked_svg(
     kept = re.sub(r'url\(#', f'url(#{prefix}-', ElementTree.tostring(root, encoding='unicode'))
     return re.sub(r'(\bid="|xlink:href="#)', rf'\1{prefix}-', kept)
 
+# %% ../../nbs/results/figures.ipynb #6c672815
 def save_figure(
     figure:Figure,    # to be written
     path:str|Path,    # without an ending; its folder must exist
@@ -291,7 +298,7 @@ def save_figure(
     "Write a figure as SVG and PNG"
     svg, png = Path(f'{path}.svg'), Path(f'{path}.png')
     figure.draw_without_rendering()
-    figure.set_layout_engine('none')  # drawn again, it would move by a hair
+    figure.set_layout_engine('none')  # a second layout would move it slightly
     with plt.rc_context({'svg.hashsalt': 'nwrepro', 'svg.fonttype': 'none'}):
         figure.savefig(svg, metadata={'Date': None}, facecolor='white')
         figure.savefig(png, dpi=150, facecolor='white')

@@ -25,7 +25,7 @@ RunHistory = namedtuple('RunHistory', 'evals running growth coherence first', de
 def lines_of(
     path:Path,      # `metrics.jsonl`
 )->list[dict]:      # empty where it is missing or damaged
-    "What can be read of a record"
+    "The lines of a record"
     try: return read_metrics(path)
     except (OSError, ValueError): return []
 
@@ -33,7 +33,7 @@ def lines_of(
 def running_accuracy(
     lines:list[dict],           # of a record
 )->tuple:                       # (middle of the epoch, top1 in percent) per epoch
-    "Training accuracy as it was while the weights moved, per epoch"
+    "Running training accuracy per epoch"
     seen = [(math.ceil(x['epoch']), x['top1'], x['images']) for x in lines if x.get('event') == 'train'
             and {'epoch', 'top1', 'images'} <= set(x)]
     epochs = itertools.groupby(sorted(seen), key=lambda x: x[0])
@@ -77,6 +77,7 @@ def place_in_block(
     "Which convolution of its block a layer is"
     return layer.split('.')[2]
 
+# %% ../../nbs/results/histories.ipynb #acd55aa9
 def coherence_ranks(
     probe:dict,             # a 'probe' line of a record
 )->dict[str,float]:         # place in the block -> Spearman's rank correlation; places with fewer than three layers left out
@@ -92,7 +93,7 @@ def coherence_ranks(
 def read_history(
     name:str,           # of a run
     folder,             # of runs; None = `reports/runs` of the project
-    changed:int,        # time of its last change; another one is another record
+    changed:int,        # time of its last change; a changed record is read again
 )->RunHistory:
     "What the claims need of one record"
     lines = lines_of(Record(name, folder).path/'metrics.jsonl')
@@ -102,6 +103,7 @@ def read_history(
     return RunHistory(evals, running_accuracy(lines), tuple((x['epoch'], growth(x['outputs'])) for x in probes), tuple(coherent),
                   tuple((x['epoch'], rms[0]) for x in probes if (rms := block_rms(x['outputs']))))
 
+# %% ../../nbs/results/histories.ipynb #16c40312
 def last_modified(
     record:Record,  # in a pack or not
 )->int:             # nanoseconds; 0 where there is none
@@ -109,11 +111,12 @@ def last_modified(
     file = record.home if record.home != record.path else record.path/'metrics.jsonl'
     return file.stat().st_mtime_ns if file.exists() else 0
 
+# %% ../../nbs/results/histories.ipynb #d554a01f
 def read_histories(
     runs:pandas.DataFrame,      # finished runs of one scheme
     folder=None,                # of runs; None = `reports/runs` of the project
 )->pandas.Series:               # seed -> RunHistory, an empty one where there is no record
-    "The read_histories of several runs"
+    "The histories of several runs"
     found = [read_history(name, folder, last_modified(Record(name, folder))) for name in runs.run]
     return pandas.Series(found, runs.seed.values, dtype=object)
 
@@ -152,7 +155,7 @@ def level_gaps(
        sentence="As the project's source description puts it, weight normalization converges faster in training.",
        observable='Epochs until the training accuracy (fixed images, evaluation mode) first reaches 25, 50, 75 and 90 %, bn minus wn, at '
                   'those levels that every '
-                  'finished run of both reaches; the running accuracy beside it. Epochs, not time.',
+                  'finished run of both reaches; epochs, not time. The running accuracy is reported too.',
        rule='Our choice: supported if the 95 % interval by Welch lies above 0 at every such level, contradicted if below 0 at every one, '
             'undecided otherwise and '
             'with fewer than three seeds of each. All levels must agree, so the largest of their p enters the family.')
@@ -223,7 +226,7 @@ def trend_note(
     rose:str,           # verdict on the rise of the slope
     first:Estimate,     # first block, end over before training
 )->str:                 # '' where the slope is not shown to rise
-    "What of the claim a rise shows, in a few words"
+    "Which part of the claim a rise shows, in a few words"
     if rose != 'supported': return ''
     return 'slope rises from its early value' + ('; first block shrinks' if first.high < 1 else '; no vanishing seen' if first.low >= 1
                                                  else '')
@@ -234,7 +237,7 @@ def probed(
     runs:pandas.DataFrame,      # table of runs
     folder,                     # of runs
     take:Callable,              # RunHistory -> number, nan where there is none
-)->tuple:                       # a 'not tested' verdict or None; comparison, with bn where it was run; scheme -> its read_histories
+)->tuple:                       # a 'not tested' verdict or None; comparison, with bn where it was run; scheme -> its histories
     "The comparison that has probes of wn"
     found = best_comparison(runs, ('wn', 'bn')) or best_comparison(runs, ('wn',))
     if not found: return not_tested(key, missing_schemes(('wn',), runs), no_runs(('wn',))), None, None
@@ -251,8 +254,8 @@ def probed(
                 'layers and vanishing in the first.',
        observable='Slope of log10 RMS of the block outputs against the block index, on fixed images, in decades per block: at the end '
                   'minus over the first tenth of the epochs (trend); '
-                  'before training and over the first tenth (premise); bn, the slope at the end and the RMS of the first block beside it. '
-                  'RMS, not L2 norm.',
+                  'before training and over the first tenth (premise). RMS, not L2 norm. Reported too: bn, the slope at the end, and the '
+                  'RMS of the first block.',
        rule='Our choice: the trend decides, supported if over seeds the interval of the rise lies above 0, contradicted if below, '
             'undecided otherwise and with fewer than three seeds. '
             'The premise, within ±0.05 decades per block, is judged separately: met, not met by the init, or lost.')
@@ -277,7 +280,7 @@ def decide_c7(key, runs, folder=None):
 
 # %% ../../nbs/results/histories.ipynb #6d637015
 def place_estimates(
-    seen:pandas.Series,     # read_histories of one scheme by seed, each with two probes
+    seen:pandas.Series,     # histories of one scheme by seed, each with two probes
 )->dict:                    # place -> estimate at the last probe, and of last minus first
     "Rank correlation of coherence and gain within each place in a block, over seeds"
     first, last = (pandas.DataFrame([history.coherence[k] for history in seen]) for k in (0, -1))
@@ -290,7 +293,7 @@ def place_estimates(
                 'violate this.',
        observable="Spearman's rank correlation between mean |cos| of distinct filters and gain (RMS of the output over that of the "
                   "recorded output before it), over the convolutions of one place in "
-                  'their residual blocks, at the last probe, one number per place and run; its change since the first probe beside it.',
+                  'their residual blocks, at the last probe, one number per place and run; its change since the first probe is reported too.',
        rule='Our choice: supported if at every place the 95 % interval over seeds lies above 0, contradicted if below 0 at every place, '
             'not testable here (not informative) where places disagree '
             'in sign, undecided otherwise and with fewer than three seeds. A correlation over layers names no cause.')

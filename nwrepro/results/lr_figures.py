@@ -26,12 +26,12 @@ from ..training.runs import RESULTS
 def largest_comparable(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     held:bool,              # evaluated on the hold-out split, or on the test images
-    apart:tuple,            # names in `SETTING` that may differ too
+    may_differ:tuple,       # names in `SETTING` that may differ too
 )->pandas.DataFrame:        # tidy; empty where there is none
-    "The largest group of complete runs that differ only in scheme, init, lr, seed and `apart`, the paper's own setting first"
+    "The largest group of complete runs that differ only in scheme, init, lr, seed and `may_differ`, the paper's own setting first"
     groups = {}
     for setting, group in comparable(runs):
-        key = kind_of(setting) == 'claim', str([value for name, value in setting.items() if name not in apart])
+        key = kind_of(setting) == 'claim', str([value for name, value in setting.items() if name not in may_differ])
         if bool(setting['holdout']) == held and setting['max_steps'] is None: groups.setdefault(key, []).append(group)
     best = max(groups, key=lambda key: (key[0], sum(map(len, groups[key]))), default=None)
     return tidy_runs(pandas.concat(groups[best]) if groups else runs.iloc[:0])
@@ -43,6 +43,7 @@ def tuning_runs(
     "The runs by which learning rates were chosen, of any number of epochs"
     return largest_comparable(runs, True, ('epochs', 'zero_init'))
 
+# %% ../../nbs/results/lr_figures.ipynb #f10ff0e0
 def lr_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # a row per scheme, init, epochs and lr; only where several were tried
@@ -118,6 +119,7 @@ def usual_conditions(
     "Warm-up and clipping of most runs"
     return condition_labels(runs).mode().ffill().iloc[-1]
 
+# %% ../../nbs/results/lr_figures.ipynb #34b5b94b
 def unusual_conditions(
     runs:pandas.DataFrame,  # tidy
 )->pandas.Series:           # of text, 'warmup_epochs 0'; empty for most runs
@@ -139,10 +141,11 @@ def final_runs(
     "The complete runs by which inits are compared"
     return largest_comparable(runs, False, ('zero_init', *CONDITIONS))
 
+# %% ../../nbs/results/lr_figures.ipynb #817536ca
 def init_numbers(
     runs:pandas.DataFrame,  # tidy
 )->pandas.DataFrame:        # per scheme, init, lr and split: rows as `run_values` makes them
-    "Accuracy of every init, on test and on training images"
+    "Accuracy from every init, on test and on training images"
     norms, rows = runs['norm'].unique().tolist(), []
     for (norm, label, lr), own in sorted(runs.groupby(['norm', init_and_conditions(runs), 'lr']),
                                          key=lambda group: (norms.index(group[0][0]), *group[0][1:])):

@@ -42,12 +42,13 @@ def figure_runs(
         return is_whole(setting), group['norm'].nunique(), (group['status'] == 'finished').sum()
     return max(groups, key=rank, default=({}, pandas.DataFrame(columns=['run'])))[1]
 
+# %% ../../nbs/results/page.ipynb #a0a908ed
 def draw_figures(
     verdicts:list,          # `Verdict`s
     groups:list,            # the runs that were judged, as `comparable` makes them
     cache:RunCache,         # where their records are
 )->dict:                    # key -> `Picture`, of the claims and of `EXTRA_FIGURES` that have one
-    "Every figure there is something to draw for"
+    "All figures for which there is data"
     pictures = {v.key: claim_picture(v.key, figure_runs(v, groups), cache) for v in verdicts}
     if groups: pictures |= {key: make(pandas.concat([group for _, group in groups]), cache) for key, (_, make) in EXTRA_FIGURES.items()}
     return {key: picture for key, picture in pictures.items() if picture}
@@ -75,6 +76,7 @@ def cost_commands(
                                *(f'-p {name} {shlex.quote(str(value))}' for name, value in kind.items())])
                      for kind in kinds)
 
+# %% ../../nbs/results/page.ipynb #78071b7b
 def report_command(
     cache:RunCache,  # of the report's runs
 )->str:              # with folders as the reader would type them
@@ -103,9 +105,10 @@ def format_cell(
     if pandas.isna(value): return ''
     return str(int(value)) if float(value).is_integer() else f'{value:.3g}'
 
+# %% ../../nbs/results/page.ipynb #f7bb886a
 def table_part(
     frame:pandas.DataFrame,  # any
-    label:str,               # what it shows, for who can't see it
+    label:str,               # what it shows, for screen readers
 )->dict:                     # `label`, `columns`, `rows` of `(text, link)` lists per cell, `ids` of rows
     "A data frame for the page's template"
     return dict(label=label, ids=[None]*len(frame), columns=[str(c).replace('_', ' ') for c in frame.columns],
@@ -121,7 +124,7 @@ SETTING_COLUMNS = ['data', 'arch', 'image_size', 'train_images', 'holdout', 'epo
 def settings_part(
     runs:pandas.DataFrame,  # as `load_runs` gives it
 )->dict:                    # as `table_part` makes it, and `shared`: what all rows have in common
-    "Results by setting, whole runs first and the best proven of them at the top, without the columns that say the same in every row"
+    "Results by setting: whole runs and those with most seeds first, constant columns left out"
     frame = by_setting(runs)
     cut, held = (pandas.to_numeric(frame[name]).fillna(0) for name in ('max_steps', 'holdout'))
     frame = frame.assign(cut=cut > 0, held=held).sort_values(['cut', 'held', 'n_finished'], ascending=[True, True, False], kind='stable')
@@ -140,12 +143,13 @@ def run_links(
     record:Record,  # of one run
     start:Path,     # folder of the page
 )->list:            # `(text, link)` of each file that is there, or of the pack that holds them
-    "What a run has left"
+    "The files of a run"
     def link(text, path): return text, quote(os.path.relpath(path, start))
     if record.home != record.path: return [link('pack', record.home)]
     there = {entry.name for entry in os.scandir(record.path)}
     return [link(text, record.path/file) for text, file in RUN_FILES.items() if file in there]
 
+# %% ../../nbs/results/page.ipynb #c74df18b
 def run_table(
     runs:pandas.DataFrame,  # as `load_runs` gives it
     cache:RunCache,         # where their records are
@@ -172,8 +176,8 @@ def missing_notes(
              f'the folder and train again.' for name in torn]
     notes += [f"{name} is not drawn: {error.replace(f'{cache.folder.absolute()}{os.sep}', '')}." for name, error in cache.damaged.items()]
     cut = runs['run'][runs['status'].isin(['started', 'interrupted'])]
-    if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it goes on '
-                              f'where it stopped.')
+    if len(cut): notes.append(f'{len(cut)} runs have not ended, such as {cut.iloc[0]}: give the command of a run again, and it '
+                              f'resumes where it stopped.')
     if not len(runs): notes.append('There are no runs: `papermill nbs/train.ipynb reports/wn.ipynb -p norm wn` makes one on handwritten '
                                    'digits in a few minutes.')
     return notes
@@ -193,6 +197,7 @@ def code_in_backticks(
     "Escaped text, with words in backticks as code, and numbers that stay with their unit"
     return Markup(re.sub('`([^`]+)`', r'<code>\1</code>', re.sub(r' (= \d|%|px\b)', '\u00a0\\1', str(escape(text)))))
 
+# %% ../../nbs/results/page.ipynb #8e37c0bf
 def render_page(
     **values,  # what the template asks for
 )->str:
@@ -211,7 +216,7 @@ def figure_part(
     commands:str,    # that make it again
     out:Path,        # folder of the page; holds `figures/`
 )->dict:             # what the template of a figure asks for; `figure` is None where there is none
-    "A figure saved in the place of that of an earlier page"
+    "Save a figure, and remove that of an earlier page"
     for ending in ('svg', 'png'): (out/'figures'/f'{key}.{ending}').unlink(missing_ok=True)
     if not picture: return dict(key=key, figure=None)
     svg, png = save_figure(picture.figure, out/'figures'/key)
@@ -242,6 +247,7 @@ def evidence_text(
     arch, data = in_words(runs.get('arch', []), network_name), in_words(runs.get('data', []), lambda name: DATA_NAMES.get(name, name))
     return f"{len(runs)} run{'s'*(len(runs) > 1)} of {arch} on {data}"
 
+# %% ../../nbs/results/page.ipynb #ea5d39f4
 def write_page(
     verdicts:list,           # `Verdict`s of all claims
     pictures:dict,           # as `draw_figures` makes them
@@ -260,6 +266,6 @@ def write_page(
                        claims=[claim_part(v, sections[v.key]) for v in verdicts], extras=[parts['rates']]*bool(parts['rates']['figure']),
                        notes=missing_notes(runs, cache), place=Path(os.path.relpath(cache.folder, project_root())).as_posix(),
                        runs=run_table(runs, cache, out), settings=settings_part(runs), again=report_command(cache),
-                       beside=table_part(against_bn(runs), 'Every scheme beside bn'))
+                       beside=table_part(against_bn(runs), 'Every scheme against bn'))
     write_atomic(out/'index.html', page)
     return out/'index.html'

@@ -25,7 +25,7 @@ def correct_predictions(
     name:str,           # of a finished run
     folder=None,        # of runs; None = `reports/runs` of the project
 )->pandas.Series:       # image -> was it right?
-    "What a run's `predictions.csv` says; images bear the fingerprint of their source, so that those of two sources never pass for the same"
+    "Which images a run got right; their names carry the fingerprint of the source, so that two sources are never confused"
     run = Record(name, folder)
     with (run.path/'predictions.csv').open(encoding='utf-8') as file: table = pandas.read_csv(file, index_col='image')
     table.index = table.index.map(lambda image: f"{run.config.get('source', {}).get('fingerprint', name)} {image}")

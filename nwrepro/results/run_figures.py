@@ -16,14 +16,14 @@ from ..training.runs import Record
 def run_caption(
     config:dict,  # of a run
 )->str:
-    "What a picture of one run must say"
+    "Caption of a figure of one run"
     return (f"{config['norm']} ({config['init']}), {config['arch']} on {config['data']} at {config['image_size']} px, {config['epochs']} "
             f"epochs, "
             f"recipe {config['recipe']}, lr {config['lr']:g}, seed {config['seed']}, n = 1")
 
 # %% ../../nbs/results/run_figures.ipynb #93479ab6
 def plot_run(
-    run:Record,  # a run on disk, at any time after its beginning
+    run:Record,  # a run on disk, finished or not
 )->Figure:
     "Loss and top-1 accuracy of one run by epoch"
     metrics = run.metrics()

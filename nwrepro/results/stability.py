@@ -29,6 +29,7 @@ def full_lr_steps(
     kept = min(setting['max_steps'], math.ceil(share*(setting['epochs'] or 0)*batches))
     return int(kept-round((setting['warmup_epochs'] or 0)*batches))
 
+# %% ../../nbs/results/stability.ipynb #b4551be0
 def is_ladder(
     setting:dict,   # of comparable runs
 )->bool:
@@ -50,6 +51,7 @@ def limits_of(
                          no_divergence=own.lr[finished].max() if finished.any() else 0.))
     return pandas.DataFrame(rows, columns=['seed', 'below', 'above', 'exceptions', 'no_divergence'])
 
+# %% ../../nbs/results/stability.ipynb #fea7067b
 def limits(
     group:pandas.DataFrame,     # probes of one setting
 )->dict:                        # (scheme, init, zero-init) -> `limits_of`, of those that have a ladder
@@ -76,12 +78,13 @@ def factor_words(
     known = ' and '.join(end for end in (low, high) if end)
     return f'the lr at which bn learns is {known} times as high' if known else 'the ladders are open, which says nothing'
 
+# %% ../../nbs/results/stability.ipynb #7ceb5d29
 def limit_rows(
     variant:tuple,              # scheme, init, zero-init
     own:pandas.DataFrame,       # its limits
     words:str='',               # to follow what is measured
 )->list[dict]:
-    "What a variant's seeds come to, as means in ln lr; the learning rate without divergence decides nothing"
+    "The limits of a variant, as means over seeds in ln lr; the learning rate without divergence decides nothing"
     norm, init, zero = variant
     def row(what, values):
         with numpy.errstate(divide='ignore', invalid='ignore'): e = mean_interval(numpy.log(values.astype(float)))
@@ -97,16 +100,18 @@ def short_probes(
     short = [group for setting, group in grouped(runs) if setting['max_steps'] is not None and not is_ladder(setting)]
     return pandas.concat(short) if short else complete(runs).iloc[:0]
 
+# %% ../../nbs/results/stability.ipynb #33ab5e5d
 def stuck_words(
     short:pandas.DataFrame,     # probes that are too short
-)->str:                         # empty where none came to its end
-    "What probes that are too short say"
+)->str:                         # empty where none finished
+    "How many probes were too short, and how many of them learned, as text"
     alive = short[short.status == 'finished']
     by = '; '.join(f"{norm} {(own.verdict == 'learning').sum()} of {len(own)}" for norm, own in alive.groupby('norm', sort=False))
     if not len(alive): return ''
     return (f'; {len(short)} probes are on record that spent fewer than {PROBE_STEPS} steps at full lr: '
             f'of those that did not diverge, these learned: {by}')
 
+# %% ../../nbs/results/stability.ipynb #c3f46977
 def compared_variants(
     runs:pandas.DataFrame,      # table of runs
     found:dict,                 # limits by variant, of one setting
@@ -132,6 +137,7 @@ def ladder_rank(
     seeds = min(len(own[variant]) for variant in variants.values())
     return seeds >= MIN_RUNS, kind_of(setting) == 'claim', len(group), not setting['grad_clip']
 
+# %% ../../nbs/results/stability.ipynb #218a8a47
 def ratio_rows(
     bn:tuple,       # variant of bn
     own:dict,       # limits by variant
@@ -148,7 +154,7 @@ def ratio_rows(
        observable='The largest lr at which a run of 200 steps at full lr, after any warm-up, learns (mean of its last 50 training losses, '
                   'with batch statistics, below .95 ln K), per variant and seed, by a ladder from 16 down in factors of 2 '
                   'until two rungs in a row learn; the ratio of bn to wn by interval-censored log-normal thresholds. The largest lr '
-                  'without divergence is shown beside it.',
+                  'without divergence is shown too.',
        rule='Our choice: supported if for the variants of the primary comparison the 95 % interval of bn over wn lies above 1, '
             'contradicted if '
             'below 1, undecided otherwise and with fewer than three seeds of each. '

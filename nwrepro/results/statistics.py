@@ -45,7 +45,7 @@ def t_test(
     b,          # results of another
     **how       # as `scipy.stats.ttest_ind` takes it
 ):              # its result
-    "Welch's test by scipy, silent where seeds end nearly equal and scipy says that precision was lost"
+    "Welch's test by scipy, without its warning of lost precision where seeds end nearly equal"
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', RuntimeWarning)
         return scipy.stats.ttest_ind(a, b, axis=-1, equal_var=False, **how)

@@ -54,6 +54,7 @@ def run_accuracy(
     images = len((run.path/'predictions.csv').read_text(encoding='utf-8').splitlines())-1
     return wilson(round(run.summary['top1']*images/100), images)
 
+# %% ../../nbs/results/weights.ipynb #d3b1cdee
 def card_metadata(
     run:Record,     # finished
     card:DataCard,  # of its data
@@ -209,7 +210,7 @@ def export_onnx(
 # %% ../../nbs/results/weights.ipynb #c8437e1a
 def export(
     args=None,  # words of the command line; None = the process's own
-    prog:str='nwrepro export',  # what was typed before them
+    prog:str='nwrepro export',  # name of the command, for messages
 )->int:         # 0, or 2 for wrong input
     "Entry point of `nwrepro export`"
     new = Parser(prog, description='Write a finished run as safetensors with a model card, or as ONNX.')

@@ -316,7 +316,7 @@ def test_where_neither_is_shown_below_the_ceiling_c2_and_c4_have_nothing_to_deci
 
 def test_runs_cut_short_have_no_final_accuracy():
     cut = decide('C1', BN.assign(max_steps=50), WN.assign(max_steps=50))
-    assert cut.verdict == 'not tested' and '(of 6 such runs 6 were cut short by max_steps and do not count)' in cut.why
+    assert cut.verdict == 'not tested' and '(of 6 such runs 6 were stopped by max_steps and do not count)' in cut.why
 
 
 # records

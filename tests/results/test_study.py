@@ -55,12 +55,12 @@ def test_accuracies_are_those_of_the_records(start, runs, page):
     first, *more, last = (f'{value:.1f}' for value in of(runs, 'top1', start))
     assert f"{', '.join([first, *more])} and {last} %" in page
 
-def test_the_search_from_the_data_dependent_start_came_out_as_told(runs, page):
+def test_the_search_from_the_data_dependent_init_came_out_as_told(runs, page):
     tried = runs[(runs['norm'] == 'wn') & (runs['holdout'] > 0) & runs['max_steps'].isna() & ~runs['zero_init']]
     def scored(init, lr, epochs): return f"{tried[(tried[['init', 'lr', 'epochs']] == [init, lr, epochs]).all(axis=1)]['top1'].item():.1f}"
     rows = {row['init']: float(row['lr']) for row in tuned_table() if row['norm'] == 'wn'}
     data, torch, own = (scored(init, rows[init], 20) for init in ('data', 'torch', 'norm_preserving'))
-    assert f"{rows['data']:g} was chosen: {data} % after 20 epochs, where torch's start has {torch} at its own rate and the norm-preserving one {own}" in page
+    assert f"{rows['data']:g} was chosen: {data} % after 20 epochs, where torch's init has {torch} at its own learning rate and the norm-preserving one {own}" in page
     assert f"At 0.0125 and 0.025 it is at {scored('data', 0.0125, 5)} and {scored('data', 0.025, 5)} % after 5 epochs" in page
     lost = tried[(tried['init'] == 'data') & (tried['status'] == 'diverged')]
     assert lost['lr'].min() == 0.05 and lost['diverged_step'].max() == 5 and set(tried[(tried['init'] == 'data') & (tried['lr'] > 0.025)]['status']) == {'diverged'}
