@@ -71,6 +71,10 @@ def test_no_link_of_the_site_is_dead(built):
             elif url.fragment and target in pages and not {url.fragment, unquote(url.fragment)} & pages[target].ids: dead.append((path.name, address))
     assert len(pages) > 50 and dead == []
 
+TYPESET = """() => {  // every equation is drawn, and has its text for those who cannot see it
+    const [drawn, told] = ['.MathJax_SVG svg', '.MJX_Assistive_MathML'].map(found => document.querySelectorAll(found).length);
+    return drawn > 0 && drawn == told && drawn == document.querySelectorAll('script[type^="math/tex"]').length }"""
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_): pass
 
@@ -86,7 +90,7 @@ def test_in_a_browser_nothing_is_wrong(built, browser, page, width):
         tab.on('console', lambda message: said.append(f"{message.text} {message.location['url']}") if message.type == 'error' else None)
         tab.on('pageerror', lambda error: said.append(str(error)))
         tab.goto(f'http://127.0.0.1:{server.server_port}/{page}')
-        if page == 'methods/layers.html': tab.wait_for_selector('.MathJax_SVG svg', state='attached')
+        if page == 'methods/layers.html': tab.wait_for_function(TYPESET)
         assert tab.evaluate('document.documentElement.scrollWidth') <= width and said == []
         found = axe.Axe().run(tab).response['violations']
         assert [(v['id'], v['nodes'][0]['html']) for v in found if v['impact'] in ('serious', 'critical')] == []

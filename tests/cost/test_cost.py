@@ -175,7 +175,7 @@ def test_cost_leaves_a_record_that_is_judged(project):
         assert sum(record['operators'][norm].values()) == pytest.approx(100) and math.isfinite(record['predicted'][norm])
     assert list(record['kept_bytes']) == names and record['kept_bytes']['bn'] > record['kept_bytes']['none'] and record['kept_bytes']['torch_wn'] > record['kept_bytes']['none']
     assert record['operators']['bn']['batch norm'] > 0 == record['operators']['none'].get('batch norm', 0)
-    verdict = CLAIMS['C10'].decide(None, project/'reports/runs')
+    verdict = CLAIMS['C10'].decide(None, project/'reports/cost')
     assert verdict.kind == 'analogue' and verdict.verdict == 'undecided' and 'rounds) in 1 process' in verdict.why
 
 @pytest.mark.slow
