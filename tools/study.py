@@ -32,6 +32,8 @@ PILOT = [COMMON | dict(eval_every=5) | one for one in (
     dict(norm='bn', lr=0.4, weight_decay=8e-4, epochs=30, holdout=0.1),
     dict(norm='wn', lr=0.8, weight_decay=5e-4, epochs=30, holdout=0.1),
     dict(norm='wn', lr=0.8, weight_decay=8e-4, epochs=30, holdout=0.1),
+    dict(norm='wn', lr=0.4, weight_decay=7e-4, epochs=36, holdout=0.1),
+    dict(norm='bn', lr=0.4, weight_decay=7e-4, epochs=36, holdout=0.1),
 )]
 
 # -- what all later parts share; None until the pilot has ended
