@@ -146,7 +146,7 @@ def test_the_figures_of_cost_need_records_and_no_runs(made, tmp_path):
     (tmp_path/'cost'/'made.json').write_text(json.dumps(COST))
     words, seen = check(page_of(tmp_path/'runs', tmp_path/'page'))
     assert {'again-C10', 'again-C11'} <= set(seen.ids) and 'papermill nbs/cost.ipynb reports/cost.ipynb' in words
-    assert 'percent of a step that bn takes: in bf16 16.7 (' in words and 'in 1 process' in words
+    assert 'Percent of a step that bn takes: in bf16 16.7 (' in words and 'in 1 process' in words
 
 def test_a_report_takes_no_records_of_cost_unless_they_are_given(tmp_path):
     words, seen = check(page_of(FIRST_LOOK, tmp_path/'page'))
