@@ -23,11 +23,12 @@ nwrepro --version prints the version; nwrepro COMMAND --help lists what a comman
 
 def main(
     args:list|None=None,  # words of the command line; None = the process's own
-)->int:                   # exit code
+)->int:                   # exit code; 2 for wrong input
     "Entry point of `nwrepro`"
     words = sys.argv[1:] if args is None else list(args)
     if words in (['--version'], ['-V']): return print(f'nwrepro {nwrepro.__version__}') or 0
     if words in ([], ['-h'], ['--help']): return print(HELP) or 0
-    try: module, name = COMMANDS[choose('command', words[0], list(COMMANDS))].split(':')
-    except ValueError as error: return print(error, file=sys.stderr) or 2
-    return getattr(import_module(f'nwrepro.{module}'), name)(words[1:], f'nwrepro {words[0]}')
+    try:
+        module, name = COMMANDS[choose('command', words[0], list(COMMANDS))].split(':')
+        return getattr(import_module(f'nwrepro.{module}'), name)(words[1:], f'nwrepro {words[0]}') or 0
+    except (ValueError, OSError) as error: return print(error, file=sys.stderr) or 2

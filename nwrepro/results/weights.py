@@ -8,7 +8,6 @@ __all__ = ['DataCard', 'IMAGENET', 'CIFAR', 'NAMES', 'RECIPE_ROWS', 'CARD', 'DTY
            'export_onnx', 'export']
 
 # %% ../../nbs/results/weights.ipynb #32bbde51
-import sys
 from collections import namedtuple
 from pathlib import Path
 import torch
@@ -211,8 +210,8 @@ def export_onnx(
 def export(
     args=None,  # words of the command line; None = the process's own
     prog:str='nwrepro export',  # name of the command, for messages
-)->int:         # 0, or 2 for wrong input
-    "Entry point of `nwrepro export`"
+):
+    "Entry point of `nwrepro export`; ValueError for wrong input"
     new = Parser(prog, description='Write a finished run as safetensors with a model card, or as ONNX.')
     new.add_argument('output', help='folder to write, or a file that ends in .onnx')
     new.add_argument('--run', help='name of the run [default: the one that ended last]')
@@ -220,12 +219,7 @@ def export(
     new.add_argument('--runs', help='folder of runs [default: reports/runs]')
     new.add_argument('--checkpoints', help='folder of weights [default: data/checkpoints]')
     given = new.parse_args(args)
-    try:
-        run = find_run(given.run, given.runs, given.checkpoints)
-        if given.output.endswith('.onnx'): done = f'differs from torch by {export_onnx(run, given.output):.1e} of the largest logit'
-        else: done = f'holds {", ".join(sorted(path.name for path in write_model(run, given.output, given.dtype).iterdir()))}'
-        print(f'{run.name}: {given.output} {done}')
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    run = find_run(given.run, given.runs, given.checkpoints)
+    if given.output.endswith('.onnx'): done = f'differs from torch by {export_onnx(run, given.output):.1e} of the largest logit'
+    else: done = f'holds {", ".join(sorted(path.name for path in write_model(run, given.output, given.dtype).iterdir()))}'
+    print(f'{run.name}: {given.output} {done}')

@@ -6,7 +6,8 @@ from huggingface_hub import ModelCard
 
 from conftest import FIVE
 from nwrepro import SCHEMES, fold, load_model
-from nwrepro.results.weights import data_card, export, find_run, model_card, write_model
+from nwrepro.cli import main
+from nwrepro.results.weights import data_card, find_run, model_card, write_model
 from nwrepro.training.command import train
 from nwrepro.training.lifecycle import trained
 from nwrepro.training.runs import Record
@@ -38,7 +39,7 @@ def test_what_is_written_comes_back_and_is_served_as_onnx(norm, elsewhere, capsy
     assert error(fold(rounded), rounded) < 1e-4
     sizes = [(elsewhere/dtype/'model.safetensors').stat().st_size for dtype in ('fp32', 'bf16')]
     assert sizes[1] < 1.5e6 and 0.49 < sizes[1]/sizes[0] < 0.52
-    assert export(['run.onnx']) == 0
+    assert main(['export', 'run.onnx']) == 0
     name, difference = re.match(r'(\S+): run.onnx differs from torch by (\S+) of the largest logit$', capsys.readouterr().out).groups()
     assert name == run.name and float(difference) <= 1e-5
 
@@ -86,7 +87,7 @@ BAD = [(['out', '--run', 'nobody'], "no run 'nobody' among the 1 of reports/runs
 @pytest.mark.parametrize('words, sentence', BAD, ids=[' '.join(words) for words, _ in BAD])
 def test_a_wrong_word_is_answered_in_one_sentence(words, sentence, elsewhere, capsys):
     finished(norm='bn')
-    assert export(words) == 2
+    assert main(['export', *words]) == 2
     answer = capsys.readouterr()
     assert answer.out == '' and answer.err.startswith(sentence) and answer.err.count('\n') == 1 and not (elsewhere/'out').exists()
 
